@@ -1,0 +1,14 @@
+// Compile-time configuration: the -D options of kernels.py enter here, once, and are constants everywhere else.
+#pragma once
+#include "types.cuh"
+
+#if !defined(FT_ELEMENT) || !defined(FT_HEAD_DIM)
+#error "FT_ELEMENT (Float16 or BFloat16) and FT_HEAD_DIM are given by kernels.py"
+#endif
+
+using Element = FT_ELEMENT;
+constexpr int kHeadDim = FT_HEAD_DIM;
+constexpr int kWarpSize = 32;
+
+static_assert(kHeadDim == 16 || kHeadDim == 32 || kHeadDim == 64 || kHeadDim == 128 || kHeadDim == 256,
+              "head_dim must be 16, 32, 64, 128 or 256");

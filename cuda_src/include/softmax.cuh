@@ -1,0 +1,53 @@
+// The softmax state both stages share. Base 2 inside: scores are multiplied by log2(e) once, so that every exponential
+// is one ex2 instruction. The natural-log LSE that leaves a kernel is (m + log2(l)) * ln 2.
+#pragma once
+#include "types.cuh"
+
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float log2_approx(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Running softmax of one row. Empty: nothing attended to yet.
+struct SoftmaxState {
+    float m = -kInfinity;  // largest score, base 2
+    float l = 0.0f;        // sum of 2^(score - m)
+
+    // Raises the maximum to cover `score`; returns the factor that l and the output gathered so far must take.
+    __device__ __forceinline__ float raise(float score) {
+        const float m_new = fmaxf(m, score);
+        const float factor = exp2_approx(m - finite_base(m_new));
+        m = m_new;
+        l *= factor;
+        return factor;
+    }
+    // 2^(score - m), and 0 (not NaN) for a score of -inf while the state is still empty.
+    __device__ __forceinline__ float weight(float score) const { return exp2_approx(score - finite_base(m)); }
+    // The factor that normalises the output; 0 for the empty state, whose output is defined as 0.
+    __device__ __forceinline__ float normaliser() const { return l > 0.0f || l != l ? 1.0f / l : 0.0f; }
+    __device__ __forceinline__ float natural_lse() const { return (m + log2_approx(l)) * kLn2; }
+
+    static __device__ __forceinline__ float finite_base(float m) { return m == -kInfinity ? 0.0f : m; }
+};
+
+// How a raw dot product becomes a base-2 score.
+struct ScoreScale {
+    float scale;  // softmax scale, natural units
+    float cap;    // soft cap, natural units: cap * tanh(score / cap); <= 0: none
+
+    __device__ __forceinline__ float operator()(float dot) const {
+        if (cap <= 0.0f) return dot * (scale * kLog2e);
+        return cap * kLog2e * tanh_accurate(dot * (scale / cap));
+    }
+    // tanh.approx is off by 5e-4, which a cap of 50 turns into 0.02 of a logit. This is good to 2e-7.
+    static __device__ __forceinline__ float tanh_accurate(float x) {
+        return 1.0f - 2.0f / (1.0f + exp2_approx(2.0f * kLog2e * x));
+    }
+};

@@ -1,0 +1,324 @@
+"""Decoding: check the arguments, choose the backend by where the arrays lie, run stage 1 and stage 2."""
+
+from __future__ import annotations
+
+import functools
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+from fasttree_cupy.execution import arrays, cpu, cuda, streams
+from fasttree_cupy.execution.arrays import ArrayView
+from fasttree_cupy.execution.kernels import HEAD_DIMS
+from fasttree_cupy.metadata import MetadataTuple, PhaseNodeNums
+from fasttree_cupy.params import checked_pair
+
+__all__ = ["fasttree_decode"]
+
+ELEMENT_DTYPES = ("float16", "bfloat16")
+INPUT_NAMES = ("q", "k_buffer", "v_buffer")
+ARRAY_NAMES = MetadataTuple._fields[:11]
+MID_NAMES = ("mid_o", "mid_lse")
+
+
+def fills_gaps(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let positional arguments fill, in order, the parameters that no keyword names.
+
+    The API reference calls ``fasttree_decode(q=q, ..., o=o, *metadata, phase_q_tile_sizes=...)``. Python hands the 13
+    metadata values over as the first positional arguments, where they would clash with q, k_buffer, v_buffer and o.
+    """
+    code = function.__code__
+    names = code.co_varnames[: code.co_argcount]
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        free = [name for name in names if name not in kwargs]
+        if len(args) > len(free):
+            raise TypeError(
+                f"{function.__name__}() takes {len(names)} positional arguments, "
+                f"got {len(args)} and {len(names) - len(free)} of them by keyword as well"
+            )
+        return function(**dict(zip(free, args, strict=False)), **kwargs)
+
+    return call
+
+
+@fills_gaps
+def fasttree_decode(
+    q: Any,
+    k_buffer: Any,
+    v_buffer: Any,
+    o: Any,
+    vnode_to_kv_entries: Any,
+    vnode_to_kv_offs: Any,
+    vnode_to_kv_lens: Any,
+    vnode_to_q_entries: Any,
+    vnode_to_q_offs: Any,
+    vnode_to_q_lens: Any,
+    req_to_vnode_entries: Any,
+    req_to_vnode_offs: Any,
+    req_to_vnode_lens: Any,
+    mid_o: Any,
+    mid_lse: Any,
+    phase_node_nums: Any,
+    phase_node_offsets: Any,
+    phase_q_tile_sizes: Any,
+    phase_kv_tile_sizes: Any,
+    sm_scale: float,
+    logit_cap: float = -1,
+    *,
+    stream: Any = None,
+    kernel: str = "auto",
+) -> Any:
+    """Attend every request to the tokens on its path, and write the result to ``o``.
+
+    All arrays lie on one device, a GPU or the CPU, and that is where the work runs. They may come from NumPy, CuPy,
+    torch, JAX or any library with ``__dlpack__``; nothing is copied. On a GPU the call only queues work, except that it
+    waits for JAX's inputs to be read.
+
+    Parameters
+    ----------
+    q : array, float16 or bfloat16, shape (batch_size, num_qo_heads, head_dim)
+        One query a request. Any strides, the last axis contiguous; so too ``k_buffer``, ``v_buffer`` and ``o``.
+    k_buffer, v_buffer : array, dtype of q, shape (total_tokens, num_kv_heads, head_dim)
+        Keys and values, node i's tokens in rows ``KV_ptrs[i]`` to ``KV_ptrs[i + 1]``. Query head h uses KV head
+        ``h // (num_qo_heads // num_kv_heads)``.
+    o : array, dtype and shape of q, or None
+        Written in place. None: a new array of q's framework is returned.
+    vnode_to_kv_entries, ..., phase_node_offsets
+        The 13 values of `MetadataTuple`, from `fasttree_preparation` on the same device. ``mid_o`` and ``mid_lse`` are
+        written too.
+    phase_q_tile_sizes, phase_kv_tile_sizes : sequence of 2 int
+        ``params.TSQs`` and ``params.TSKs`` after preparation. They guide the CUDA kernels; any sizes give the same
+        result. The KV tile of the CUDA kernels is their own choice.
+    sm_scale : float
+        Factor of the scores, usually ``head_dim ** -0.5``.
+    logit_cap : float
+        Soft cap where positive: a score becomes ``logit_cap * tanh(score / logit_cap)``.
+    stream : int, CuPy stream, object with ``__cuda_stream__`` or ``cuda_stream``, optional
+        CUDA stream to work on. By default the caller's current one: torch's for torch tensors, else CuPy's.
+    kernel : {"auto", "mma", "plain"}
+        Stage-1 kernel on a GPU. ``"mma"``: tensor cores, from compute capability 8.0, rows that start at multiples of
+        16 bytes. ``"plain"``: any GPU from 7.0, any strides, slower. ``"auto"``: the first that is possible.
+
+    Returns
+    -------
+    None or array
+        The new array where ``o`` is None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is wrong; the message names it, and nothing was written. On a GPU the *contents* of the index
+        arrays are not checked, which would need a device synchronisation.
+    """
+    metadata = {
+        "vnode_to_kv_entries": vnode_to_kv_entries,
+        "vnode_to_kv_offs": vnode_to_kv_offs,
+        "vnode_to_kv_lens": vnode_to_kv_lens,
+        "vnode_to_q_entries": vnode_to_q_entries,
+        "vnode_to_q_offs": vnode_to_q_offs,
+        "vnode_to_q_lens": vnode_to_q_lens,
+        "req_to_vnode_entries": req_to_vnode_entries,
+        "req_to_vnode_offs": req_to_vnode_offs,
+        "req_to_vnode_lens": req_to_vnode_lens,
+        "mid_o": mid_o,
+        "mid_lse": mid_lse,
+    }
+    phases = check_phases(phase_node_nums, phase_node_offsets, phase_q_tile_sizes, phase_kv_tile_sizes)
+    scale = checked_float(sm_scale, "sm_scale")
+    cap = checked_float(logit_cap, "logit_cap")
+    if kernel not in cuda.KERNELS:
+        raise ValueError(f"kernel is {kernel!r}, expected one of {', '.join(map(repr, cuda.KERNELS))}")
+    device = arrays.device_of("q", q)
+    if device[0] == "cpu" and (stream is not None or kernel != "auto"):
+        name, value = ("stream", stream) if stream is not None else ("kernel", kernel)
+        raise ValueError(f"{name} is {value!r}, but q lies on the CPU, expected {name} left out")
+
+    with cuda.use_device(device[1]) if device[0] == "cuda" else nullcontext():
+        handle = None
+        if device[0] == "cuda":
+            handle = streams.stream_handle(stream, arrays.framework_of(q), device[1])
+        inputs = {"q": q, "k_buffer": k_buffer, "v_buffer": v_buffer}
+        views = {name: arrays.view(name, array, handle) for name, array in inputs.items()}
+        views |= {name: arrays.view(name, array) for name, array in metadata.items()}
+        check_inputs(views)
+        check_metadata(views, phases)
+        if o is not None:
+            views["o"] = arrays.view("o", o, handle)
+            check_output(views["o"], views["q"])
+        if handle is None:
+            cpu.check_metadata(numpy_metadata(views, phases), views["k_buffer"].shape[0], views["q"].shape[0])
+        else:
+            kernel = cuda.check_kernel(kernel, *(views[name] for name in INPUT_NAMES))
+
+        # Every check has passed: from here on memory is written.
+        result = None
+        if o is None:
+            result = arrays.empty(views["q"].shape, views["q"].dtype, views["q"])
+            views["o"] = arrays.view("o", result)
+        run(views, phases, scale, cap, kernel, handle)
+        return None if result is None else arrays.hand_back(result, views["q"])
+
+
+def run(
+    views: Mapping[str, ArrayView], phases: Phases, sm_scale: float, logit_cap: float, kernel: str, stream: int | None
+) -> None:
+    """Run the backend: CUDA on a stream, the CPU where there is none."""
+    q, k, v, o = (views[name] for name in (*INPUT_NAMES, "o"))
+    if stream is None:
+        operands = (arrays.as_numpy(q), arrays.as_numpy(k), arrays.as_numpy(v), arrays.as_numpy(o))
+        cpu.decode(*operands, numpy_metadata(views, phases), sm_scale, logit_cap)
+        return
+    metadata = [views[name] for name in ARRAY_NAMES]
+    cuda.decode(
+        q,
+        k,
+        v,
+        o,
+        metadata,
+        phases.node_nums,
+        phases.node_offsets,
+        phases.q_tile_sizes,
+        sm_scale,
+        logit_cap,
+        kernel,
+        stream,
+    )
+    streams.settle(stream, [view.framework for view in (q, k, v, o)])
+
+
+class Phases(NamedTuple):
+    """What decode needs of the pairs of integers: vnodes, first vnode and query tile size of each phase."""
+
+    node_nums: list[int]
+    node_offsets: list[int]
+    q_tile_sizes: list[int]
+    num_tokens: int | None
+    """Rows that K and V must have; None where ``phase_node_nums`` does not say."""
+
+
+def check_phases(node_nums: Any, node_offsets: Any, q_tile_sizes: Any, kv_tile_sizes: Any) -> Phases:
+    """Check the pairs of integers by themselves."""
+    checked_pair(kv_tile_sizes, "phase_kv_tile_sizes")
+    return Phases(
+        checked_pair(node_nums, "phase_node_nums", least=0),
+        checked_pair(node_offsets, "phase_node_offsets", least=0),
+        checked_pair(q_tile_sizes, "phase_q_tile_sizes"),
+        node_nums.num_tokens if isinstance(node_nums, PhaseNodeNums) else None,
+    )
+
+
+def checked_float(value: object, name: str) -> float:
+    """`value` as a float; TypeError or ValueError in the name of the argument."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {value!r}, expected a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}, expected a finite number")
+    return float(value)
+
+
+def check_inputs(views: Mapping[str, ArrayView]) -> None:
+    """Check Q, K and V against one another."""
+    q, k, v = (views[name] for name in INPUT_NAMES)
+    for name in INPUT_NAMES:
+        check_element_array(name, views[name])
+        check_same(name, "dtype", views[name].dtype, q.dtype)
+        check_same(name, "device", views[name].device, q.device)
+    if q.shape[2] not in HEAD_DIMS:
+        raise ValueError(f"q has head_dim {q.shape[2]}, expected one of {', '.join(map(str, HEAD_DIMS))}")
+    if k.shape[2] != q.shape[2]:
+        raise ValueError(f"k_buffer has head_dim {k.shape[2]}, expected {q.shape[2]} as q has")
+    if v.shape != k.shape:
+        raise ValueError(f"v_buffer has shape {v.shape}, expected {k.shape} as k_buffer has")
+    if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q has {q.shape[1]} heads, expected a multiple of k_buffer's, {k.shape[1]}")
+
+
+def check_output(o: ArrayView, q: ArrayView) -> None:
+    """Check O against Q."""
+    check_element_array("o", o)
+    check_same("o", "dtype", o.dtype, q.dtype)
+    check_same("o", "device", o.device, q.device)
+    check_same("o", "shape", o.shape, q.shape)
+    check_writable("o", o)
+
+
+def check_metadata(views: Mapping[str, ArrayView], phases: Phases) -> None:
+    """Check dtypes, shapes and devices of the metadata arrays, and the phases against them."""
+    q, k = views["q"], views["k_buffer"]
+    for name in ARRAY_NAMES:
+        view = views[name]
+        check_same(name, "dtype", view.dtype, "float32" if name in MID_NAMES else "int32")
+        check_same(name, "device", view.device, q.device)
+        if name not in MID_NAMES and len(view.shape) != 1:
+            raise ValueError(f"{name} has shape {view.shape}, expected one dimension")
+        if not is_contiguous(view):
+            raise ValueError(f"{name} has strides {view.strides}, expected a contiguous array")
+    num_vnodes = views["vnode_to_kv_offs"].shape
+    for name in ("vnode_to_kv_lens", "vnode_to_q_offs", "vnode_to_q_lens"):
+        check_same(name, "shape", views[name].shape, num_vnodes)
+    for name in ("req_to_vnode_offs", "req_to_vnode_lens"):
+        check_same(name, "shape", views[name].shape, q.shape[:1])
+    partials = views["vnode_to_q_entries"].shape
+    check_same("req_to_vnode_entries", "shape", views["req_to_vnode_entries"].shape, partials)
+    check_same("mid_o", "shape", views["mid_o"].shape, partials + q.shape[1:])
+    check_same("mid_lse", "shape", views["mid_lse"].shape, partials + q.shape[1:2])
+    for name in MID_NAMES:
+        check_writable(name, views[name])
+    for phase, (first, count) in enumerate(zip(phases.node_offsets, phases.node_nums, strict=True)):
+        if first + count > num_vnodes[0]:
+            raise ValueError(
+                f"phase_node_offsets[{phase}] is {first} and phase_node_nums[{phase}] is {count}, "
+                f"expected a range of the {num_vnodes[0]} vnodes"
+            )
+    if phases.num_tokens is not None and k.shape[0] != phases.num_tokens:
+        raise ValueError(
+            f"k_buffer has {k.shape[0]} tokens, expected {phases.num_tokens} as the tree of phase_node_nums has"
+        )
+
+
+def check_element_array(name: str, view: ArrayView) -> None:
+    """Check what Q, K, V and O have in common."""
+    if view.dtype not in ELEMENT_DTYPES:
+        raise TypeError(f"{name} has dtype {view.dtype}, expected {' or '.join(ELEMENT_DTYPES)}")
+    if len(view.shape) != 3:
+        raise ValueError(f"{name} has shape {view.shape}, expected three dimensions: rows, heads, head_dim")
+    if view.shape[2] > 1 and view.strides[2] != 1 and 0 not in view.shape:
+        raise ValueError(f"{name} has strides {view.strides} in elements, expected a contiguous last axis")
+
+
+def check_same(name: str, what: str, actual: object, expected: object) -> None:
+    """Raise unless an array's property is the expected one: TypeError for a dtype, else ValueError."""
+    if actual != expected:
+        error = TypeError if what == "dtype" else ValueError
+        raise error(f"{name} has {what} {actual}, expected {expected}")
+
+
+def check_writable(name: str, view: ArrayView) -> None:
+    """Raise where an array that must be written cannot be."""
+    if view.writable:
+        return
+    if view.framework == "jax":
+        raise TypeError(f"{name} is a JAX array, which cannot be written, expected None to get a new one")
+    raise ValueError(f"{name} is read-only, expected an array that can be written")
+
+
+def is_contiguous(view: ArrayView) -> bool:
+    """Whether an array lies in row-major order without gaps; strides of axes of length 1 do not matter."""
+    if 0 in view.shape:
+        return True
+    expected = 1
+    for length, stride in zip(reversed(view.shape), reversed(view.strides), strict=True):
+        if length > 1 and stride != expected:
+            return False
+        expected *= length
+    return True
+
+
+def numpy_metadata(views: Mapping[str, ArrayView], phases: Phases) -> MetadataTuple:
+    """The metadata as NumPy arrays over the caller's memory."""
+    columns = [arrays.as_numpy(views[name]) for name in ARRAY_NAMES]
+    return MetadataTuple._make([*columns, phases.node_nums, phases.node_offsets])

@@ -1,0 +1,430 @@
+"""Stage 1 and stage 2 on the CPU: the metadata of the CUDA kernels, NumPy arrays, float32 inside, all cores.
+
+One work item is a vnode and a KV head. It reads K and V in tiles of `_TILE_TOKENS` rows, widens them from
+their 16 bits to float32 and keeps one online softmax a query row, so that its buffers stay in the L2 cache
+whatever the vnode's size.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import get_num_threads, njit, prange
+
+from fasttree_cupy.metadata import MetadataTuple
+
+__all__ = ["check_metadata", "decode"]
+
+Array = npt.NDArray[Any]
+Int32Array = npt.NDArray[np.int32]
+Float32Array = npt.NDArray[np.float32]
+Bits = npt.NDArray[np.uint16]
+
+_TILE_TOKENS = 128
+_TILE_ROWS = 256
+
+# Numba's threading layer `workqueue`, the one that is always there, crashes when two threads enter it.
+_LOCK = threading.Lock()
+
+
+def decode(
+    q: Array,
+    k: Array,
+    v: Array,
+    o: Array,
+    metadata: MetadataTuple,
+    sm_scale: float,
+    logit_cap: float = -1.0,
+) -> None:
+    """Attention of every request over its path; a request without a vnode gets 0. The arguments are trusted.
+
+    Parameters
+    ----------
+    q, o
+        (batch_size, num_qo_heads, head_dim), float16 or bfloat16. `o` is written; it may be `q` itself.
+    k, v
+        (num_tokens, num_kv_heads, head_dim), dtype of `q`. These four may have any strides, also negative,
+        that are multiples of two bytes, but a contiguous last axis.
+    metadata
+        The documented 13 values as contiguous NumPy arrays: int32, `mid_o` and `mid_lse` float32. Those two
+        are written: the normalised partial outputs and their natural-log LSE. All vnodes run, whatever their
+        phase.
+    sm_scale
+        Factor of the scores ``q . k``.
+    logit_cap
+        Soft cap ``logit_cap * tanh(score / logit_cap)`` where positive, otherwise none.
+    """
+    m = metadata
+    inputs = _Inputs(_rows(q), _rows(k), _rows(v), q.dtype != np.float16, float(sm_scale), float(logit_cap))
+    kv_lists = _Lists(m.vnode_to_kv_entries, m.vnode_to_kv_offs, m.vnode_to_kv_lens)
+    q_lists = _Lists(m.vnode_to_q_entries, m.vnode_to_q_offs, m.vnode_to_q_lens)
+    mid_lists = _Lists(m.req_to_vnode_entries, m.req_to_vnode_offs, m.req_to_vnode_lens)
+    with _LOCK:
+        _stage1(*inputs, k.shape[1], kv_lists, q_lists, get_num_threads(), m.mid_o, m.mid_lse)
+        _stage2(mid_lists, m.mid_o, m.mid_lse, inputs.bfloat16, _rows(o, writeable=True))
+
+
+def check_metadata(metadata: MetadataTuple, num_tokens: int, batch_size: int) -> None:
+    """Look at every index of the metadata.
+
+    Parameters
+    ----------
+    metadata
+        The documented 13 values as NumPy arrays of the documented number of dimensions.
+    num_tokens
+        Rows of K and V.
+    batch_size
+        Rows of Q and O.
+
+    Raises
+    ------
+    ValueError
+        An array's length disagrees with another's, or an index leads outside the array that it points into.
+    """
+    num_mid = len(metadata.vnode_to_q_entries)
+    _check_length(metadata, "vnode_to_q_offs", len(metadata.vnode_to_kv_offs), "vnode_to_kv_offs")
+    _check_length(metadata, "req_to_vnode_offs", batch_size, "q")
+    _check_length(metadata, "mid_o", num_mid, "vnode_to_q_entries")
+    _check_length(metadata, "mid_lse", num_mid, "vnode_to_q_entries")
+    _check_lists(metadata, "vnode_to_kv", num_tokens, "k_buffer and v_buffer")
+    _check_lists(metadata, "vnode_to_q", batch_size, "q")
+    _check_lists(metadata, "req_to_vnode", num_mid, "mid_o")
+
+
+def _check_length(metadata: MetadataTuple, name: str, expected: int, model: str) -> None:
+    length = len(getattr(metadata, name))
+    if length != expected:
+        raise ValueError(f"{name} has {length} rows, expected {expected} as {model} has")
+
+
+def _check_lists(metadata: MetadataTuple, name: str, num_rows: int, target: str) -> None:
+    entries, offs, lens = (getattr(metadata, f"{name}_{part}") for part in ("entries", "offs", "lens"))
+    _check_length(metadata, f"{name}_lens", len(offs), f"{name}_offs")
+    i = _first_bad_range(_Lists(entries, offs, lens))
+    if i >= 0:
+        raise ValueError(
+            f"{name}_offs[{i}] is {offs[i]} and {name}_lens[{i}] is {lens[i]}, "
+            f"expected a range of the {len(entries)} {name}_entries"
+        )
+    i = _first_bad_entry(_Lists(entries, offs, lens), num_rows)
+    if i >= 0:
+        raise ValueError(f"{name}_entries[{i}] is {entries[i]}, expected a row of {target}, which has {num_rows}")
+
+
+class _Lists(NamedTuple):
+    """List i is entries[offs[i] : offs[i] + lens[i]]."""
+
+    entries: Int32Array
+    offs: Int32Array
+    lens: Int32Array
+
+
+class _Rows(NamedTuple):
+    """Element (i, h, d) of a 16-bit array is bits[start + i * row_stride + h * head_stride + d]."""
+
+    bits: Bits
+    start: int
+    row_stride: int
+    head_stride: int
+
+
+class _Inputs(NamedTuple):
+    q: _Rows
+    k: _Rows
+    v: _Rows
+    bfloat16: bool
+    sm_scale: float
+    logit_cap: float
+
+
+def _rows(array: Array, *, writeable: bool = False) -> _Rows:
+    """Flatten without a copy, so that Numba compiles once and not for each combination of layouts."""
+    row_stride, head_stride = (stride // 2 for stride in array.strides[:2])
+    upward = array[:: -1 if row_stride < 0 else 1, :: -1 if head_stride < 0 else 1].view(np.uint16)
+    last = [(n - 1) * stride // 2 for n, stride in zip(upward.shape, upward.strides, strict=True)]
+    extent = sum(last) + 1 if array.size else 0
+    bits = np.lib.stride_tricks.as_strided(upward, (extent,), (2,), writeable=writeable)
+    start = (last[0] if row_stride < 0 else 0) + (last[1] if head_stride < 0 else 0)
+    return _Rows(bits, start, row_stride, head_stride)
+
+
+@njit(cache=True)
+def _first_bad_range(lists: _Lists) -> int:
+    for i in range(len(lists.offs)):
+        first, count = np.int64(lists.offs[i]), np.int64(lists.lens[i])
+        if first < 0 or count < 0 or first + count > len(lists.entries):
+            return i
+    return -1
+
+
+@njit(cache=True)
+def _first_bad_entry(lists: _Lists, num_rows: int) -> int:
+    """Position of an entry outside 0 to num_rows - 1, else -1; entries that no list reaches are padding."""
+    for i in range(len(lists.offs)):
+        for position in range(lists.offs[i], lists.offs[i] + lists.lens[i]):
+            if lists.entries[position] < 0 or lists.entries[position] >= num_rows:
+                return position
+    return -1
+
+
+@njit(cache=True, parallel=True)
+def _stage1(
+    q: _Rows,
+    k: _Rows,
+    v: _Rows,
+    bfloat16: bool,
+    sm_scale: float,
+    logit_cap: float,
+    num_kv_heads: int,
+    kv_lists: _Lists,
+    q_lists: _Lists,
+    num_threads: int,
+    mid_o: Float32Array,
+    mid_lse: Float32Array,
+) -> None:
+    """Partial output and LSE of each vnode, for each of its queries and heads."""
+    group = mid_o.shape[1] // num_kv_heads
+    queries = max(1, _TILE_ROWS // group)
+    # Numba gives each thread a contiguous share, and long vnodes come first: deal the items out in turn.
+    for thread in prange(num_threads):
+        # Built inside: Numba passes no nested tuple into a parallel loop.
+        inputs = _Inputs(q, k, v, bfloat16, sm_scale, logit_cap)
+        for item in range(thread, num_kv_heads * len(kv_lists.offs), num_threads):
+            vnode, kv_head = item // num_kv_heads, item % num_kv_heads
+            tokens = _members(kv_lists, vnode)
+            heads = slice(kv_head * group, (kv_head + 1) * group)
+            first, end = q_lists.offs[vnode], q_lists.offs[vnode] + q_lists.lens[vnode]
+            for begin in range(first, end, queries):
+                mid = slice(begin, min(begin + queries, end))
+                requests = q_lists.entries[mid]
+                _attend(inputs, kv_head, requests, tokens, mid_o[mid, heads], mid_lse[mid, heads])
+
+
+@njit(cache=True)
+def _members(lists: _Lists, i: int) -> Int32Array:
+    return lists.entries[lists.offs[i] : lists.offs[i] + lists.lens[i]]
+
+
+@njit(cache=True)
+def _attend(
+    inputs: _Inputs,
+    kv_head: int,
+    requests: Int32Array,
+    tokens: Int32Array,
+    out: Float32Array,
+    lse: Float32Array,
+) -> None:
+    """Attention of the query heads of one KV head to some tokens.
+
+    `out` is (requests, group, head_dim), `lse` (requests, group). The buffers' rows are rounded up to what
+    `_multiply_add` takes.
+    """
+    group, head_dim = out.shape[1], out.shape[2]
+    rows = len(requests) * group
+    query = np.zeros((_round_up(rows), head_dim), np.float32)
+    for row in range(rows):
+        head = kv_head * group + row % group
+        _load_row(inputs.q, inputs.bfloat16, requests[row // group], head, query[row])
+        query[row] *= np.float32(inputs.sm_scale)
+    acc = np.zeros_like(query)
+    top = np.full(rows, -np.inf, np.float32)
+    total = np.zeros(rows, np.float32)
+
+    tile = np.empty((_TILE_TOKENS, head_dim), np.float32)
+    keys = np.empty((head_dim, _TILE_TOKENS), np.float32)
+    scores = np.empty((len(query), _TILE_TOKENS), np.float32)
+    for first in range(0, len(tokens), _TILE_TOKENS):
+        chosen = tokens[first : first + _TILE_TOKENS]
+        count, padded = len(chosen), _round_up(len(chosen))
+        for i in range(count):
+            _load_row(inputs.k, inputs.bfloat16, chosen[i], kv_head, tile[i])
+        for d in range(head_dim):
+            for i in range(count):
+                keys[d, i] = tile[i, d]
+        scores[:, :padded] = 0
+        _multiply_add(query, keys, scores, head_dim, count)
+        for row in range(rows):
+            fold = _fold(scores[row, :count], inputs.logit_cap, total[row], top[row], acc[row])
+            total[row], top[row] = fold
+        for i in range(count):
+            _load_row(inputs.v, inputs.bfloat16, chosen[i], kv_head, tile[i])
+        tile[count:padded] = 0
+        _multiply_add(scores, tile, acc, padded, head_dim)
+
+    for row in range(rows):
+        i, g = row // group, row % group
+        out[i, g] = acc[row] / (total[row] if total[row] != 0 else np.float32(1))
+        lse[i, g] = top[row] + np.log(total[row])  # -inf where there was no token
+
+
+@njit(cache=True)
+def _round_up(n: int) -> int:
+    return (n + 3) // 4 * 4
+
+
+@njit(cache=True, fastmath={"contract"})
+def _multiply_add(a: Float32Array, b: Float32Array, out: Float32Array, depth: int, width: int) -> None:
+    """out[:, :width] += a[:, :depth] @ b[:depth, :width]; registers hold a 4 x 4 block of `a`.
+
+    The rows of `out` and `depth` must be multiples of four. Slices in place of the two numbers would hide
+    from LLVM that the last axis is contiguous.
+    """
+    for r in range(0, out.shape[0], 4):
+        for j in range(0, depth, 4):
+            a00, a01, a02, a03 = a[r, j], a[r, j + 1], a[r, j + 2], a[r, j + 3]
+            a10, a11, a12, a13 = a[r + 1, j], a[r + 1, j + 1], a[r + 1, j + 2], a[r + 1, j + 3]
+            a20, a21, a22, a23 = a[r + 2, j], a[r + 2, j + 1], a[r + 2, j + 2], a[r + 2, j + 3]
+            a30, a31, a32, a33 = a[r + 3, j], a[r + 3, j + 1], a[r + 3, j + 2], a[r + 3, j + 3]
+            for x in range(width):
+                b0, b1, b2, b3 = b[j, x], b[j + 1, x], b[j + 2, x], b[j + 3, x]
+                out[r, x] += a00 * b0 + a01 * b1 + a02 * b2 + a03 * b3
+                out[r + 1, x] += a10 * b0 + a11 * b1 + a12 * b2 + a13 * b3
+                out[r + 2, x] += a20 * b0 + a21 * b1 + a22 * b2 + a23 * b3
+                out[r + 3, x] += a30 * b0 + a31 * b1 + a32 * b2 + a33 * b3
+
+
+@njit(cache=True)
+def _fold(
+    scores: Float32Array, logit_cap: float, total: np.float32, top: np.float32, acc: Float32Array
+) -> tuple[np.float32, np.float32]:
+    """Online softmax: scores become weights relative to the new maximum; `acc` is rescaled to it.
+
+    Returns the new sum of weights and the new maximum.
+    """
+    if logit_cap > 0:
+        cap = np.float32(logit_cap)
+        for i in range(len(scores)):
+            scores[i] = cap * math.tanh(scores[i] / cap)
+    new_top = top
+    for i in range(len(scores)):
+        if scores[i] > new_top:
+            new_top = scores[i]
+    if new_top > top:
+        rescale = _exp(top - new_top)
+        acc *= rescale
+        total *= rescale
+    shift = new_top if new_top != -np.inf else np.float32(0)  # -inf - -inf would be NaN
+    return total + _exponentials(scores, shift), new_top
+
+
+@njit(cache=True, fastmath={"contract", "reassoc"})
+def _exponentials(scores: Float32Array, shift: np.float32) -> np.float32:
+    """Replace scores by exp(score - shift) and return the sum."""
+    total = np.float32(0)
+    for i in range(len(scores)):
+        scores[i] = _exp(scores[i] - shift)
+        total += scores[i]
+    return total
+
+
+@njit(cache=True, fastmath={"contract"})
+def _exp(x: np.float32) -> np.float32:
+    """Exponential of x <= 0 or NaN, in arithmetic that LLVM vectorises, unlike a call of the C library's."""
+    y = np.float32(1.4426950408889634) * (np.float32(-87) if x < -87 else x)
+    whole = np.floor(y + np.float32(0.5))
+    f = np.float32(0.6931471805599453) * (y - whole)
+    # The Taylor series up to f**7 / 7!; |f| <= ln(2) / 2, so its error is below float32's.
+    series = np.float32(1 / 720) + f * np.float32(1 / 5040)
+    series = np.float32(1 / 24) + f * (np.float32(1 / 120) + f * series)
+    series = np.float32(1 / 2) + f * (np.float32(1 / 6) + f * series)
+    series = np.float32(1) + f * (np.float32(1) + f * series)
+    power = np.uint32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return np.float32(0) if x < -87 else series * power
+
+
+@njit(cache=True, parallel=True)
+def _stage2(mid_lists: _Lists, mid_o: Float32Array, mid_lse: Float32Array, bfloat16: bool, o: _Rows) -> None:
+    """Merge the partial outputs of each request and head by their LSE."""
+    num_heads = mid_o.shape[1]
+    for item in prange(len(mid_lists.offs) * num_heads):
+        request, head = item // num_heads, item % num_heads
+        rows = _members(mid_lists, request)
+        top = np.float32(-np.inf)
+        for row in rows:
+            if mid_lse[row, head] > top:
+                top = mid_lse[row, head]
+        shift = top if top != -np.inf else np.float32(0)
+        acc = np.zeros(mid_o.shape[2], np.float32)
+        total = np.float32(0)
+        for row in rows:
+            weight = _exp(mid_lse[row, head] - shift)
+            total += weight
+            acc += weight * mid_o[row, head]
+        if total != 0:
+            acc /= total
+        _store_row(acc, bfloat16, o, request, head)
+
+
+@njit(cache=True)
+def _load_row(source: _Rows, bfloat16: bool, row: int, head: int, out: Float32Array) -> None:
+    start = source.start + row * source.row_stride + head * source.head_stride
+    bits = source.bits[start : start + len(out)]
+    if bfloat16:
+        for d in range(len(out)):
+            out[d] = _from_bfloat16(bits[d])
+    else:
+        for d in range(len(out)):
+            out[d] = _from_float16(bits[d])
+
+
+@njit(cache=True)
+def _store_row(values: Float32Array, bfloat16: bool, target: _Rows, row: int, head: int) -> None:
+    start = target.start + row * target.row_stride + head * target.head_stride
+    bits = target.bits[start : start + len(values)]
+    if bfloat16:
+        for d in range(len(values)):
+            bits[d] = _to_bfloat16(values[d])
+    else:
+        for d in range(len(values)):
+            bits[d] = _to_float16(values[d])
+
+
+# Numba has no 16-bit floats. These conversions are exact, or round to nearest even, for every value there is.
+# They select and do not branch, so that LLVM vectorises the loops around them.
+
+
+@njit(cache=True)
+def _from_bfloat16(bits: np.uint16) -> np.float32:
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@njit(cache=True)
+def _to_bfloat16(value: np.float32) -> np.uint16:
+    bits = np.float32(value).view(np.uint32)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded = np.uint32(bits + np.uint32(0x7FFF) + odd)
+    quiet = np.uint32(bits | np.uint32(0x400000))  # a NaN must not be rounded to inf
+    return np.uint16((quiet if np.isnan(value) else rounded) >> np.uint32(16))
+
+
+@njit(cache=True)
+def _from_float16(bits: np.uint16) -> np.float32:
+    sign = np.uint32(np.uint32(bits & np.uint16(0x8000)) << np.uint32(16))
+    magnitude = np.uint32(np.uint32(bits & np.uint16(0x7FFF)) << np.uint32(13))
+    # The exponent's bias becomes 127 instead of 15; the largest exponent, inf and NaN, stays the largest.
+    bias = np.uint32(0x70000000) if magnitude >= np.uint32(0x0F800000) else np.uint32(0x38000000)
+    normal = np.uint32(magnitude + bias)
+    # A subnormal has no leading one: write it behind that of 2**-14, then take 2**-14 away.
+    smallest = np.uint32(0x38800000)
+    shifted = np.uint32(magnitude + smallest).view(np.float32)
+    subnormal = np.float32(shifted - smallest.view(np.float32)).view(np.uint32)
+    return np.uint32(sign | (subnormal if magnitude < np.uint32(0x00800000) else normal)).view(np.float32)
+
+
+@njit(cache=True)
+def _to_float16(value: np.float32) -> np.uint16:
+    bits = np.float32(value).view(np.uint32)
+    sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
+    magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
+    odd = (magnitude >> np.uint32(13)) & np.uint32(1)
+    normal = np.uint32(magnitude - np.uint32(0x38000000) + np.uint32(0xFFF) + odd) >> np.uint32(13)
+    # The last bit of a float32 in [0.5, 1) is worth 2**-24, float16's smallest subnormal: the adder rounds.
+    half = np.float32(0.5)
+    subnormal = np.float32(magnitude.view(np.float32) + half).view(np.uint32) - half.view(np.uint32)
+    finite = subnormal if magnitude < np.uint32(0x38800000) else normal
+    special = np.uint32(0x7E00) if magnitude > np.uint32(0x7F800000) else np.uint32(0x7C00)
+    return np.uint16(sign | (special if magnitude >= np.uint32(0x477FF000) else finite))

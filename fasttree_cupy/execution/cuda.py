@@ -1,0 +1,212 @@
+"""Stage 1 and stage 2 on CUDA: picks the kernels, fills their parameter structs, launches them."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .kernels import MMA_COMPUTE_CAPABILITY, KernelConfig, choose_tile, load_kernel
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .arrays import ArrayView
+
+__all__ = ["KERNELS", "check_kernel", "decode"]
+
+KERNELS = ("auto", "mma", "plain")
+VECTOR_BYTES = 16
+"""stage1_mma copies rows of K and V in pieces of this size, so every row must start at a multiple of it."""
+PLAIN_ROWS = 4
+STAGE2_ROWS = 4
+MAX_GRID_Z = 65535
+
+# Field by field the structs of cuda_src/include/stage1_params.cuh and cuda_src/stage2.cu.
+STAGE1_PARAMS = np.dtype(
+    [(name, np.uint64) for name in ("q", "k", "v")]
+    + [(name, np.uint64) for name in ("kv_entries", "kv_offs", "kv_lens", "q_entries", "q_offs", "q_lens")]
+    + [(name, np.uint64) for name in ("mid_o", "mid_lse")]
+    + [(name, np.int64) for name in ("q_request", "q_head", "k_token", "k_head", "v_token", "v_head")]
+    + [("first_vnode", np.int32), ("group", np.int32), ("sm_scale", np.float32), ("logit_cap", np.float32)]
+)
+STAGE2_PARAMS = np.dtype(
+    [(name, np.uint64) for name in ("mid_o", "mid_lse", "entries", "offs", "lens", "o")]
+    + [("o_request", np.int64), ("o_head", np.int64)]
+    + [("batch", np.int32), ("qo_heads", np.int32), ("o_aligned", np.int32), ("padding", np.int32)]
+)
+
+
+@functools.cache
+def compute_capability(device: int) -> int:
+    """Compute capability of a device times ten: 90 for an H100 or H200."""
+    import cupy
+
+    return int(cupy.cuda.Device(device).compute_capability)
+
+
+@functools.cache
+def multiprocessors(device: int) -> int:
+    """Multiprocessors of a device."""
+    import cupy
+
+    return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
+
+
+def check_kernel(kernel: str, q: ArrayView, k: ArrayView, v: ArrayView) -> str:
+    """Return the stage-1 kernel to run, ``"mma"`` or ``"plain"``.
+
+    Raises
+    ------
+    ValueError
+        If ``"mma"`` was asked for and the GPU or the strides rule it out.
+    """
+    if kernel == "plain":
+        return kernel
+    problem = mma_problem(q, k, v)
+    if problem is None:
+        return "mma"
+    if kernel == "mma":
+        raise ValueError(f"kernel is 'mma', which {problem}")
+    return "plain"
+
+
+def is_aligned(view: ArrayView) -> bool:
+    """Whether every row of a 16-bit array starts at a multiple of `VECTOR_BYTES`."""
+    return not (view.pointer % VECTOR_BYTES or any(stride * 2 % VECTOR_BYTES for stride in view.strides[:2]))
+
+
+def mma_problem(q: ArrayView, k: ArrayView, v: ArrayView) -> str | None:
+    """Say why ``stage1_mma`` cannot run on these arrays; None where it can."""
+    capability = compute_capability(q.device[1])
+    if capability < MMA_COMPUTE_CAPABILITY:
+        return f"needs compute capability 8.0 or higher, and this GPU has {capability / 10}"
+    for name, view in (("q", q), ("k_buffer", k), ("v_buffer", v)):
+        if not is_aligned(view):
+            return (
+                f"needs every row to start at a multiple of {VECTOR_BYTES} bytes, and {name} has strides of "
+                f"{view.strides} elements from address {view.pointer:#x}"
+            )
+    return None
+
+
+class ForeignStream:
+    """A stream handle in the form that CuPy adopts: an object with ``__cuda_stream__``."""
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        """Return the protocol's version and the handle."""
+        return (0, self.handle)
+
+
+def use_device(index: int) -> AbstractContextManager[Any]:
+    """Make a GPU the current device."""
+    import cupy
+
+    if cupy.cuda.runtime.getDevice() == index:
+        return nullcontext()
+    return cupy.cuda.Device(index)  # type: ignore[no-any-return]
+
+
+def use_stream(handle: int, device: int) -> AbstractContextManager[Any]:
+    """Make a stream CuPy's current one, the one that RawKernel launches on."""
+    import cupy
+
+    if cupy.cuda.get_current_stream(device).ptr == handle:
+        return nullcontext()
+    return cupy.cuda.Stream.from_external(ForeignStream(handle))  # type: ignore[no-any-return]
+
+
+def decode(
+    q: ArrayView,
+    k: ArrayView,
+    v: ArrayView,
+    o: ArrayView,
+    metadata: Sequence[ArrayView],
+    phase_node_nums: Sequence[int],
+    phase_node_offsets: Sequence[int],
+    phase_q_tile_sizes: Sequence[int],
+    sm_scale: float,
+    logit_cap: float,
+    kernel: str,
+    stream: int,
+) -> None:
+    """Launch stage 1, once a phase, and stage 2, on the current device. All arguments have been checked.
+
+    Parameters
+    ----------
+    q, k, v, o : ArrayView
+        As in `fasttree_cupy.fasttree_decode`, on one CUDA device.
+    metadata : sequence of ArrayView
+        The first eleven documented metadata arrays, in order.
+    kernel : {"mma", "plain"}
+        Stage-1 kernel, from `check_kernel`.
+    stream : int
+        Handle of the CUDA stream to launch on.
+    """
+    with use_stream(stream, q.device[1]):
+        for phase in range(2):
+            if phase_node_nums[phase] > 0:
+                launch_stage1(
+                    q,
+                    k,
+                    v,
+                    metadata,
+                    (phase_node_offsets[phase], phase_node_nums[phase]),
+                    phase_q_tile_sizes[phase],
+                    sm_scale,
+                    logit_cap,
+                    kernel,
+                )
+        launch_stage2(o, metadata)
+
+
+def launch_stage1(
+    q: ArrayView,
+    k: ArrayView,
+    v: ArrayView,
+    metadata: Sequence[ArrayView],
+    vnodes: tuple[int, int],
+    q_tile_size: int,
+    sm_scale: float,
+    logit_cap: float,
+    kernel: str,
+) -> None:
+    """Attend the vnodes ``[first, first + count)`` of one phase; ``vnodes`` is ``(first, count)``."""
+    num_qo_heads, head_dim = q.shape[1:]
+    num_kv_heads = k.shape[1]
+    group = num_qo_heads // num_kv_heads
+    rows = q_tile_size * group
+    if kernel == "mma":
+        tile = choose_tile(rows, vnodes[1] * num_kv_heads, multiprocessors(q.device[1]), head_dim)
+        config = KernelConfig("stage1_mma", q.dtype, head_dim, tile)
+        row_blocks = -(-rows // tile.rows)
+    else:
+        config = KernelConfig("stage1_plain", q.dtype, head_dim)
+        row_blocks = -(-rows // PLAIN_ROWS)
+    first_vnode, count = vnodes
+    pointers = (q.pointer, k.pointer, v.pointer, *(view.pointer for view in (*metadata[:6], *metadata[9:11])))
+    strides = (*q.strides[:2], *k.strides[:2], *v.strides[:2])
+    params = np.array((*pointers, *strides, first_vnode, group, sm_scale, logit_cap), STAGE1_PARAMS)
+    # A vnode with more rows than the grid covers is walked in steps: too small a tile size drops no query.
+    grid = (count, num_kv_heads, min(row_blocks, MAX_GRID_Z))
+    launch(config, q.device[1], grid, params)
+
+
+def launch_stage2(o: ArrayView, metadata: Sequence[ArrayView]) -> None:
+    """Merge every request's partial outputs into ``o``."""
+    batch, num_qo_heads, head_dim = o.shape
+    pointers = (view.pointer for view in (*metadata[9:11], *metadata[6:9], o))
+    params = np.array((*pointers, *o.strides[:2], batch, num_qo_heads, is_aligned(o), 0), STAGE2_PARAMS)
+    config = KernelConfig("stage2", o.dtype, head_dim)
+    launch(config, o.device[1], (-(-batch * num_qo_heads // STAGE2_ROWS), 1, 1), params)
+
+
+def launch(config: KernelConfig, device: int, grid: tuple[int, int, int], params: Any) -> None:
+    """Launch a kernel on CuPy's current stream with its parameter struct passed by value."""
+    kernel = load_kernel(config, device)
+    kernel(grid, (config.threads, 1, 1), (params,), shared_mem=config.shared_bytes)

@@ -1,0 +1,218 @@
+"""From a kernel's configuration to its compiled form: -D options, source text, CuPy's RawModule, one cache."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "HEAD_DIMS",
+    "KernelConfig",
+    "MmaTile",
+    "choose_tile",
+    "compile_options",
+    "load_kernel",
+    "source_text",
+]
+
+HEAD_DIMS = (16, 32, 64, 128, 256)
+FEW_BLOCKS = 5
+"""Blocks a multiprocessor up to which splitting a vnode's tokens over four warps pays (bench/NOTES.md)."""
+
+ELEMENT_NAMES = {"float16": "Float16", "bfloat16": "BFloat16"}
+DEFAULT_SHARED_BYTES = 48 * 1024
+
+MMA_COMPUTE_CAPABILITY = 80
+"""Compute capability times ten from which ``stage1_mma`` runs: it needs cp.async and bfloat16 products."""
+
+
+@dataclass(frozen=True)
+class MmaTile:
+    """Tile shape of ``stage1_mma``.
+
+    Attributes
+    ----------
+    row_warps : int
+        Warps that split the query rows (requests x heads of a group) of a block, 16 each.
+    token_warps : int
+        Warps that split the tokens of a tile.
+    warp_tokens : int
+        Tokens of a tile that a warp attends to, a multiple of 16.
+    stages : int
+        Tiles in the ring: one is worked on while the others arrive.
+    """
+
+    row_warps: int
+    token_warps: int
+    warp_tokens: int
+    stages: int
+
+    @property
+    def rows(self) -> int:
+        """Query rows a block works on."""
+        return 16 * self.row_warps
+
+    @property
+    def kv_tile(self) -> int:
+        """Tokens in one shared-memory tile."""
+        return self.token_warps * self.warp_tokens
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """Everything that decides a kernel's code.
+
+    Attributes
+    ----------
+    name : str
+        ``"stage1_mma"``, ``"stage1_plain"`` or ``"stage2"``: the file under ``cuda_src/`` and the function in it.
+    dtype : str
+        Element type of Q, K, V and O: ``"float16"`` or ``"bfloat16"``.
+    head_dim : int
+        One of `HEAD_DIMS`.
+    tile : MmaTile or None
+        Tile shape; only ``stage1_mma`` has one.
+    """
+
+    name: str
+    dtype: str
+    head_dim: int
+    tile: MmaTile | None = None
+
+    @property
+    def threads(self) -> int:
+        """Threads a block; the same sum stands in ``stage1_mma.cu``."""
+        if self.tile is None:
+            return 128
+        return 32 * self.tile.row_warps * self.tile.token_warps
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory a block, in bytes; ``stage1_mma.cu`` asserts the same number."""
+        if self.tile is None:
+            return 0
+        return self.tile.stages * 2 * self.tile.kv_tile * self.head_dim * 2
+
+    def defines(self) -> dict[str, object]:
+        """The -D options that carry this configuration into ``config.cuh``."""
+        options: dict[str, object] = {"FT_ELEMENT": ELEMENT_NAMES[self.dtype], "FT_HEAD_DIM": self.head_dim}
+        if self.tile is not None:
+            options |= {
+                "FT_ROW_WARPS": self.tile.row_warps,
+                "FT_TOKEN_WARPS": self.tile.token_warps,
+                "FT_WARP_TOKENS": self.tile.warp_tokens,
+                "FT_STAGES": self.tile.stages,
+                "FT_SHARED_BYTES": self.shared_bytes,
+            }
+        return options
+
+
+THROUGHPUT_TILE = MmaTile(row_warps=1, token_warps=1, warp_tokens=16, stages=2)
+ROW_TILES = tuple(MmaTile(row_warps, token_warps=1, warp_tokens=32, stages=2) for row_warps in (2, 4))
+
+
+def latency_tile(head_dim: int) -> MmaTile:
+    """Return the tile for few rows and few blocks: warps side by side along the tokens.
+
+    At head_dim 256 four of them would need more shared memory than GPUs of compute capability 8.6, 8.9 and 12.0 have.
+    """
+    return MmaTile(row_warps=1, token_warps=4 if head_dim <= 128 else 2, warp_tokens=16, stages=2)
+
+
+def tiles(head_dim: int) -> tuple[MmaTile, ...]:
+    """Every tile that `choose_tile` may return."""
+    return (latency_tile(head_dim), THROUGHPUT_TILE, *ROW_TILES)
+
+
+def choose_tile(query_rows: int, blocks: int, multiprocessors: int, head_dim: int) -> MmaTile:
+    """Return the tile of ``stage1_mma`` for a launch; every tile gives the same result.
+
+    The choice was measured on an H200 over the 45 cases of FastTree's paper (bench/NOTES.md): many small blocks
+    hide the latency of short vnodes, and only where there are few of them is a vnode worth several warps.
+
+    Parameters
+    ----------
+    query_rows : int
+        Query rows of a documented tile: its requests times the heads of a group. More than a block holds are
+        split over blocks.
+    blocks : int
+        Blocks of the launch, were each to hold all those rows.
+    multiprocessors : int
+        Multiprocessors of the GPU.
+    head_dim : int
+        One of `HEAD_DIMS`.
+    """
+    if query_rows <= THROUGHPUT_TILE.rows:
+        return latency_tile(head_dim) if blocks <= FEW_BLOCKS * multiprocessors else THROUGHPUT_TILE
+    return next((tile for tile in ROW_TILES if tile.rows >= query_rows), ROW_TILES[-1])
+
+
+def all_configs(compute_capability: int) -> list[KernelConfig]:
+    """Every configuration that a GPU of this compute capability (times ten) may be asked to run."""
+    configs = []
+    for dtype, head_dim in itertools.product(ELEMENT_NAMES, HEAD_DIMS):
+        configs += [KernelConfig(name, dtype, head_dim) for name in ("stage1_plain", "stage2")]
+        if compute_capability >= MMA_COMPUTE_CAPABILITY:
+            configs += [KernelConfig("stage1_mma", dtype, head_dim, tile) for tile in tiles(head_dim)]
+    return configs
+
+
+@functools.cache
+def cuda_src() -> Path:
+    """Folder of the CUDA sources: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "cuda_src", package.parent / "cuda_src"):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(f"cuda_src was found neither in {package} nor beside it")
+
+
+@functools.cache
+def source_digest() -> str:
+    """Digest of every CUDA source: CuPy's kernel cache does not look into the headers."""
+    digest = hashlib.sha256()
+    for path in sorted(cuda_src().rglob("*.cu*")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def source_text(name: str) -> str:
+    """Text of ``<name>.cu``, with the digest in front, so that an edited header is compiled anew."""
+    text = (cuda_src() / f"{name}.cu").read_text(encoding="utf-8")
+    return f'// cuda_src {source_digest()}\n#line 1 "{name}.cu"\n{text}'
+
+
+def compile_options(config: KernelConfig) -> tuple[str, ...]:
+    """NVRTC options for a configuration, the architecture left to the caller."""
+    defines = (f"-D{key}={value}" for key, value in config.defines().items())
+    return ("-std=c++17", f"-I{cuda_src() / 'include'}", *defines)
+
+
+@functools.cache
+def load_kernel(config: KernelConfig, device: int) -> Any:
+    """Compile (or take from CuPy's cache on disk) and load a kernel.
+
+    Parameters
+    ----------
+    config : KernelConfig
+        What to build.
+    device : int
+        Index of the CUDA device, which must be the current one.
+
+    Returns
+    -------
+    cupy.RawKernel
+        Ready to launch with `KernelConfig.shared_bytes` of dynamic shared memory.
+    """
+    import cupy
+
+    module = cupy.RawModule(code=source_text(config.name), options=compile_options(config))
+    kernel = module.get_function(config.name)
+    if config.shared_bytes > DEFAULT_SHARED_BYTES:
+        kernel.max_dynamic_shared_size_bytes = config.shared_bytes
+    return kernel

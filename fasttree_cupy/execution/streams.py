@@ -1,0 +1,97 @@
+"""CUDA streams: which one to work on, and what waits for what."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+__all__ = ["current_stream", "order_after", "settle", "stream_handle"]
+
+
+def stream_handle(stream: Any, framework: str, device_index: int) -> int:
+    """The handle (``cudaStream_t`` as an int) of the stream to work on.
+
+    Parameters
+    ----------
+    stream : int, CuPy stream, object with ``__cuda_stream__`` or ``cuda_stream``, or None
+        None stands for the caller's current stream: torch's for torch tensors, CuPy's for all others.
+    framework : str
+        Whose arrays the work is for, as in ``ArrayView.framework``.
+    device_index : int
+        The GPU on which the work runs.
+
+    Raises
+    ------
+    TypeError
+        If `stream` is none of these.
+    ValueError
+        If the handle is negative.
+    """
+    if stream is None:
+        return current_stream(framework, device_index)
+    handle = _explicit_handle(stream)
+    if not isinstance(handle, int) or isinstance(handle, bool):
+        raise TypeError(
+            f"stream is {stream!r}, expected None, an int, a CuPy stream, "
+            "or an object with __cuda_stream__ or cuda_stream"
+        )
+    if handle < 0:
+        raise ValueError(f"stream is {handle}, expected the handle of a CUDA stream, which is not negative")
+    return handle
+
+
+def _explicit_handle(stream: Any) -> Any:
+    if isinstance(stream, (int, type)):
+        return stream
+    protocol = getattr(stream, "__cuda_stream__", None)
+    if protocol is not None:
+        _version, handle = protocol() if callable(protocol) else protocol
+        return handle
+    if hasattr(stream, "cuda_stream"):  # torch.cuda.Stream before it had __cuda_stream__
+        return stream.cuda_stream
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(stream, (cupy.cuda.Stream, cupy.cuda.ExternalStream)):
+        return stream.ptr  # CuPy streams before they had __cuda_stream__
+    return None
+
+
+def current_stream(framework: str, device_index: int) -> int:
+    """The handle of the stream on which `framework` queues work for this GPU; CuPy's for all but torch."""
+    if framework != "torch":
+        import cupy
+
+        return int(cupy.cuda.get_current_stream(device_index).ptr)
+    torch = sys.modules["torch"]
+    # What Triton and Inductor call for each launch; torch.cuda.current_stream builds an object each time.
+    raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    if raw_stream is None:
+        return int(torch.cuda.current_stream(device_index).cuda_stream)
+    return int(raw_stream(device_index))
+
+
+def order_after(stream: int, framework: str, device_index: int) -> None:
+    """Make `stream` wait for what `framework` has queued on its current stream, where these are two.
+
+    The GPU must be CuPy's current device.
+    """
+    current = current_stream(framework, device_index)
+    if current == stream:
+        return
+    import cupy
+
+    event = cupy.cuda.Event(disable_timing=True)
+    cupy.cuda.runtime.eventRecord(event.ptr, current)
+    cupy.cuda.runtime.streamWaitEvent(stream, event.ptr)
+
+
+def settle(stream: int, frameworks: Iterable[str]) -> None:
+    """Wait on the host until `stream` is done, where a caller's framework needs that.
+
+    torch and CuPy free and reuse memory in the order of their current stream, which is ours too. JAX does
+    so on its own streams: a donated or dropped input could be overwritten while our kernels still read it.
+    """
+    if not {"torch", "cupy"}.issuperset(frameworks):
+        import cupy
+
+        cupy.cuda.runtime.streamSynchronize(stream)

@@ -1,0 +1,1 @@
+"""Planning: from a KV tree to the arrays that execution follows."""

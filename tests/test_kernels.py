@@ -1,0 +1,86 @@
+"""Kernel configurations: what the host computes agrees with what the CUDA sources assert."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fasttree_cupy.execution import cuda, kernels
+from fasttree_cupy.execution.kernels import HEAD_DIMS, KernelConfig, all_configs, choose_tile, tiles
+
+SMALLEST_SHARED_MEMORY = 99 * 1024
+"""Most that a block gets on compute capability 8.6, 8.9 and 12.0."""
+
+
+def test_parameter_structs_have_the_size_that_the_sources_assert() -> None:
+    header = (kernels.cuda_src() / "include" / "stage1_params.cuh").read_text()
+    assert f"static_assert(sizeof(Stage1Params) == {cuda.STAGE1_PARAMS.itemsize}" in header
+    assert f"static_assert(sizeof(Stage2Params) == {cuda.STAGE2_PARAMS.itemsize}" in kernels.source_text("stage2")
+
+
+def test_no_source_includes_a_toolkit_header() -> None:
+    for path in kernels.cuda_src().rglob("*.cu*"):
+        for line in path.read_text().splitlines():
+            if line.startswith("#include"):
+                assert (kernels.cuda_src() / "include" / line.split('"')[1]).is_file(), f"{path.name}: {line}"
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_every_tile_fits_every_gpu(head_dim: int) -> None:
+    for tile in tiles(head_dim):
+        config = KernelConfig("stage1_mma", "float16", head_dim, tile)
+        assert config.shared_bytes <= SMALLEST_SHARED_MEMORY
+        assert config.threads <= 1024
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_the_tile_chosen_is_one_that_is_compiled(head_dim: int) -> None:
+    chosen = {choose_tile(rows, blocks, 132, head_dim) for rows in range(1, 1025, 5) for blocks in (1, 600, 700, 10**6)}
+    assert chosen == set(tiles(head_dim))
+
+
+def test_more_rows_than_a_block_holds_take_the_largest_tile() -> None:
+    assert choose_tile(1024, 1, 132, 128).rows == 64
+    assert choose_tile(33, 1, 132, 128).rows == 64
+    assert choose_tile(17, 1, 132, 128).rows == 32
+    assert choose_tile(16, 1, 132, 128).rows == 16
+
+
+def test_old_gpus_get_no_tensor_core_kernel() -> None:
+    assert not any(config.name == "stage1_mma" for config in all_configs(75))
+    assert len(all_configs(80)) == 2 * 5 * (2 + 4)
+
+
+def test_the_digest_covers_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "include").mkdir()
+    (tmp_path / "kernel.cu").write_text("// kernel")
+    header = tmp_path / "include" / "part.cuh"
+    monkeypatch.setattr(kernels, "cuda_src", lambda: tmp_path)
+    texts = []
+    for body in ("// one", "// two"):
+        header.write_text(body)
+        kernels.source_digest.cache_clear()
+        kernels.source_text.cache_clear()
+        texts.append(kernels.source_text("kernel"))
+    kernels.source_digest.cache_clear()
+    kernels.source_text.cache_clear()
+    assert texts[0] != texts[1]
+
+
+def test_every_variant_compiles_for_ampere_and_reports_its_resources() -> None:
+    pytest.importorskip("cupy", reason="no CuPy, hence no NVRTC")
+    from tests.compile_kernels import compile_one, covering_choice
+
+    try:
+        from cupy.cuda import nvrtc
+
+        nvrtc.getVersion()
+    except Exception as error:
+        pytest.skip(f"no NVRTC: {error}")
+    config = covering_choice(all_configs(80))[0]
+    report = compile_one((80, config))
+    assert report.ok, report.log
+    assert report.registers > 0
+    broken = KernelConfig(config.name, "float16", 24)
+    assert not compile_one((80, broken)).ok
