@@ -76,12 +76,15 @@ def parse_args() -> argparse.Namespace:
 
 def make_decode(tree: KVTree, q: Array, k: Array, v: Array) -> tuple[Callable[[], None], Array]:
     """The call to time, prepared, and the output that it writes."""
-    params = FastTreeParams.for_gpu("H100", q.shape[1] // k.shape[1])
+    num_heads, num_kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
+    params = FastTreeParams.for_gpu("H100", num_heads // num_kv_heads)
     metadata, _ = fasttree_preparation(
         tree,
         tree.kv_ptrs,
-        *q.shape[:2],
-        *k.shape[1:],
+        tree.batch_size,
+        num_heads,
+        num_kv_heads,
+        head_dim,
         [1024, 128],
         [132, 528],
         [132, 132],
@@ -90,7 +93,7 @@ def make_decode(tree: KVTree, q: Array, k: Array, v: Array) -> tuple[Callable[[]
         verbose=False,
     )
     o = np.full(q.shape, np.nan, q.dtype)
-    scale = q.shape[2] ** -0.5
+    scale = head_dim**-0.5
     return lambda: fasttree_decode(q, k, v, o, *metadata, params.TSQs, params.TSKs, scale), o
 
 

@@ -75,8 +75,7 @@ def fasttree_decode(
     """Attend every request to the tokens on its path, and write the result to ``o``.
 
     All arrays lie on one device, a GPU or the CPU, and that is where the work runs. They may come from NumPy, CuPy,
-    torch, JAX or any library with ``__dlpack__``; nothing is copied. On a GPU the call only queues work, except that it
-    waits for JAX's inputs to be read.
+    torch, JAX or any library with ``__dlpack__``; nothing is copied. On a GPU the call only queues work.
 
     Parameters
     ----------
@@ -155,12 +154,14 @@ def fasttree_decode(
             kernel = cuda.check_kernel(kernel, *(views[name] for name in INPUT_NAMES))
 
         # Every check has passed: from here on memory is written.
-        result = None
         if o is None:
             result = arrays.empty(views["q"].shape, views["q"].dtype, views["q"])
             views["o"] = arrays.view("o", result)
         run(views, phases, scale, cap, kernel, handle)
-        return None if result is None else arrays.hand_back(result, views["q"])
+        if o is not None:
+            return None
+        with nullcontext() if handle is None else cuda.use_stream(handle, device[1]):
+            return arrays.hand_back(result, views["q"])
 
 
 def run(
@@ -187,7 +188,9 @@ def run(
         kernel,
         stream,
     )
-    streams.settle(stream, [view.framework for view in (q, k, v, o)])
+    borrowed = [view.owner for view in (q, k, v, o) if view.framework not in ("torch", "cupy")]
+    if borrowed:
+        streams.keep_alive(stream, borrowed)
 
 
 class Phases(NamedTuple):

@@ -166,8 +166,8 @@ def check(
 def reference(case: Case, values: tuple[Any, Any, Any], sm_scale: float, xp: Any) -> tuple[Any, Any]:
     tree = case.tree
     # float32 holds both dtypes exactly, and CuPy can index it.
-    arrays = (xp.asarray(value.astype(np.float32)) if xp is not np else value for value in values)
-    return dense_attention(tree.parent, tree.seqlen, tree.request_node, *arrays, sm_scale, case.logit_cap, xp=xp)
+    q, k, v = (xp.asarray(value.astype(np.float32)) for value in values)
+    return dense_attention(tree.parent, tree.seqlen, tree.request_node, q, k, v, sm_scale, case.logit_cap, xp)
 
 
 @backends

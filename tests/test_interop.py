@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from fasttree_cupy.execution.arrays import DTYPES, as_numpy, device_of, empty, framework_of, hand_back, view
-from fasttree_cupy.execution.streams import settle, stream_handle
+from fasttree_cupy.execution.cuda import use_stream
+from fasttree_cupy.execution.streams import keep_alive, stream_handle
 
 CPU = ("cpu", 0)
 SHAPE = (3, 4, 8)
@@ -213,7 +214,7 @@ def jax_gpu(jax: Any) -> Any:
 def spin_then_fill(cupy: Any, pointer: int, bits: int, stream: int) -> None:
     kernel = cupy.RawKernel(SPIN_THEN_FILL, "spin_then_fill")
     arguments = (np.uint64(pointer), np.int32(COUNT), np.uint16(bits), np.int64(CYCLES))
-    with cupy.cuda.ExternalStream(stream):
+    with use_stream(stream, 0):
         kernel((1,), (1,), arguments)
 
 
@@ -271,7 +272,8 @@ def test_current_stream_is_the_callers(cupy: Any, worker: Any) -> None:
     with worker:
         assert stream_handle(None, "cupy", 0) == stream_handle(None, "jax", 0) == worker.ptr
     assert stream_handle(worker, "cupy", 0) == stream_handle(worker.ptr, "jax", 0) == worker.ptr
-    assert stream_handle(cupy.cuda.ExternalStream(worker.ptr), "cupy", 0) == worker.ptr
+    with use_stream(worker.ptr, 0):
+        assert stream_handle(cupy.cuda.get_current_stream(), "cupy", 0) == worker.ptr
 
 
 @pytest.mark.gpu
@@ -330,9 +332,8 @@ def test_hand_back_to_jax_on_cuda(cupy: Any, jax: Any, jax_gpu: Any, worker: Any
     made = empty(SHAPE, dtype, like)
     pointer = made.data.ptr
     spin_then_fill(cupy, pointer, ONE[dtype], worker.ptr)
-    settle(worker.ptr, [like.framework])
-    assert worker.done
-    result = hand_back(made, like)
+    with worker:
+        result = hand_back(made, like)
     del made
     gc.collect()
     assert isinstance(result, jax.Array)
@@ -341,12 +342,20 @@ def test_hand_back_to_jax_on_cuda(cupy: Any, jax: Any, jax_gpu: Any, worker: Any
 
 
 @pytest.mark.gpu
-def test_settle_leaves_torch_and_cupy_asynchronous(cupy: Any, worker: Any) -> None:
+def test_borrowed_memory_is_held_until_the_stream_is_done(cupy: Any, worker: Any) -> None:
+    class Owner:
+        pass
+
     array = cupy.asarray(np.zeros(SHAPE, np.float16))
     spin_then_fill(cupy, array.data.ptr, 1, worker.ptr)  # compiles
     worker.synchronize()
+    owner = Owner()
+    alive = weakref.ref(owner)
     spin_then_fill(cupy, array.data.ptr, 1, worker.ptr)
-    settle(worker.ptr, ["torch", "cupy"])
+    keep_alive(worker.ptr, [owner])
+    del owner
     assert not worker.done
-    settle(worker.ptr, ["torch", "jax"])
-    assert worker.done
+    assert alive() is not None
+    worker.synchronize()
+    keep_alive(worker.ptr, [])
+    assert alive() is None

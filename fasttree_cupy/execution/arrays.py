@@ -263,7 +263,8 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[A
 def hand_back(array: Any, like: ArrayView) -> Any:
     """An array from :func:`empty`, filled, as the caller's kind, zero copy.
 
-    On CUDA the work on it must be done (``streams.settle``). A JAX array for JAX, else `array` itself.
+    On CUDA the stream that writes it must be CuPy's current one: JAX then waits for it. A JAX array for JAX, else
+    `array` itself.
     """
     if like.framework != "jax":
         return array

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+import threading
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["current_stream", "order_after", "settle", "stream_handle"]
+__all__ = ["current_stream", "keep_alive", "order_after", "stream_handle"]
 
 
 def stream_handle(stream: Any, framework: str, device_index: int) -> int:
@@ -50,9 +52,6 @@ def _explicit_handle(stream: Any) -> Any:
         return handle
     if hasattr(stream, "cuda_stream"):  # torch.cuda.Stream before it had __cuda_stream__
         return stream.cuda_stream
-    cupy = sys.modules.get("cupy")
-    if cupy is not None and isinstance(stream, (cupy.cuda.Stream, cupy.cuda.ExternalStream)):
-        return stream.ptr  # CuPy streams before they had __cuda_stream__
     return None
 
 
@@ -85,13 +84,22 @@ def order_after(stream: int, framework: str, device_index: int) -> None:
     cupy.cuda.runtime.streamWaitEvent(stream, event.ptr)
 
 
-def settle(stream: int, frameworks: Iterable[str]) -> None:
-    """Wait on the host until `stream` is done, where a caller's framework needs that.
+_in_use: deque[tuple[Any, tuple[object, ...]]] = deque()
+_in_use_lock = threading.Lock()
 
-    torch and CuPy free and reuse memory in the order of their current stream, which is ours too. JAX does
-    so on its own streams: a donated or dropped input could be overwritten while our kernels still read it.
+
+def keep_alive(stream: int, owners: Iterable[object]) -> None:
+    """Hold `owners` until what `stream` has queued so far is done; the host does not wait.
+
+    torch and CuPy free and reuse memory in the order of their current stream, which is ours too. JAX and unknown
+    frameworks do so on streams of their own: an input dropped or donated after our call could be overwritten while
+    the kernels still read it. What is done is let go of by the next call.
     """
-    if not {"torch", "cupy"}.issuperset(frameworks):
-        import cupy
+    import cupy
 
-        cupy.cuda.runtime.streamSynchronize(stream)
+    event = cupy.cuda.Event(disable_timing=True)
+    cupy.cuda.runtime.eventRecord(event.ptr, stream)
+    with _in_use_lock:
+        _in_use.append((event, tuple(owners)))
+        while _in_use and _in_use[0][0].done:
+            _in_use.popleft()

@@ -1,0 +1,237 @@
+"""Command line: ``fasttree-cupy demo`` decodes a tree and compares with dense attention, ``info`` shows the machine."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import numba
+import numpy as np
+
+from fasttree_cupy import __version__
+from fasttree_cupy.demo import (
+    ERROR_BOUNDS,
+    DemoResult,
+    Timing,
+    device_index,
+    device_name,
+    run_demo,
+    stage1_kernel,
+)
+from fasttree_cupy.execution import cuda
+from fasttree_cupy.execution.device import gpu_problem, resolve_device
+from fasttree_cupy.execution.kernels import HEAD_DIMS
+from fasttree_cupy.tree import KVTree
+
+__all__ = ["demo_rows", "format_table", "info_rows", "main"]
+
+LEVELS, TOKENS = [1, 16, 64], [1024, 256, 32]
+
+Row = tuple[str, ...]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Arguments after the program's name; by default those of the process.
+
+    Returns
+    -------
+    int
+        Exit status: 1 where the demo's error is not below its bound, else 0.
+
+    Raises
+    ------
+    SystemExit
+        With status 2 after wrong input, which gets one line on stderr.
+    """
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.command == "info":
+        print(format_table(info_rows()))
+        return 0
+    try:
+        result = run_demo(
+            chosen_tree(args),
+            num_qo_heads=args.qo_heads,
+            num_kv_heads=args.kv_heads,
+            head_dim=args.head_dim,
+            dtype=args.dtype,
+            device=None if args.device == "auto" else args.device,
+            kernel=args.kernel,
+            seed=args.seed,
+            repeat=args.repeat,
+        )
+    except (ValueError, OSError, MemoryError) as error:
+        parser.error(one_line(error))
+    print(format_table(demo_rows(result)))
+    return 0 if result.passed else 1
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage in front."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog="fasttree-cupy", description="Attention over tree-shaped KV caches.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | info")
+    commands.add_parser("info", help="show versions, the GPU, and which kernel would be used")
+    demo = commands.add_parser("demo", help="decode a tree and compare with dense attention")
+    tree = demo.add_mutually_exclusive_group()
+    tree.add_argument("--tree", metavar="FILE", help="tree file, see docs/TREE_FORMAT.md")
+    tree.add_argument("--levels", type=integers, metavar="N,N,...", help="nodes of each level (default: 1,16,64)")
+    demo.add_argument("--tokens", type=integers, metavar="N,N,...", help="tokens of a level's nodes (1024,256,32)")
+    demo.add_argument("--qo-heads", type=int, default=32, metavar="N", help="query heads (32)")
+    demo.add_argument("--kv-heads", type=int, default=8, metavar="N", help="KV heads (8)")
+    demo.add_argument("--head-dim", type=int, default=128, choices=HEAD_DIMS, help="elements of a head (128)")
+    demo.add_argument("--dtype", default="float16", choices=ERROR_BOUNDS, help="of Q, K, V and O (float16)")
+    demo.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU where usable")
+    demo.add_argument("--kernel", default="auto", choices=cuda.KERNELS, help="stage-1 kernel on a GPU (auto)")
+    demo.add_argument("--seed", type=non_negative, default=0, metavar="N", help="of the random Q, K and V (0)")
+    demo.add_argument("--repeat", type=positive, default=5, metavar="N", help="timed runs, the median counts (5)")
+    return parser
+
+
+def integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"is {text}, expected 1 or more")
+    return int(text)
+
+
+def non_negative(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"is {text}, expected 0 or more")
+    return int(text)
+
+
+def one_line(message: object) -> str:
+    return " ".join(str(message).split())
+
+
+def chosen_tree(args: argparse.Namespace) -> KVTree:
+    """The tree that the arguments name; ValueError or OSError where there is none."""
+    if args.tree is not None:
+        if args.tokens is not None:
+            raise ValueError("--tokens goes with --levels, not with --tree")
+        return KVTree.from_file(args.tree)
+    if (args.levels is None) != (args.tokens is None):
+        raise ValueError("--levels and --tokens go together, and one of them is missing")
+    return KVTree.from_levels(args.levels or LEVELS, args.tokens or TOKENS)
+
+
+# What is printed.
+
+
+def demo_rows(result: DemoResult) -> list[Row]:
+    """The rows of the demo's table: what, how much, and a note."""
+    r = result
+    checked = "all" if r.checked_requests == r.num_requests else f"{r.checked_requests} of {r.num_requests}"
+    verdict = "below" if r.passed else "NOT below"
+    return [
+        ("device", r.device, f"stage-1 kernel: {r.kernel}"),
+        ("nodes", f"{r.num_nodes:,}"),
+        ("requests", f"{r.num_requests:,}"),
+        ("unique tokens", f"{r.unique_tokens:,}"),
+        ("summed tokens", f"{r.summed_tokens:,}", "over the requests' paths"),
+        ("sharing factor", f"{r.sharing_factor:.2f}", "summed / unique"),
+        ("vnodes", f"{r.vnodes[0]:,} + {r.vnodes[1]:,}", "phase 0 + phase 1"),
+        ("query tile sizes", f"{r.q_tile_sizes[0]}, {r.q_tile_sizes[1]}", "adopted, in requests"),
+        ("KV tile sizes", f"{r.kv_tile_sizes[0]}, {r.kv_tile_sizes[1]}", "adopted, in tokens"),
+        ("preparation", *time_cells(r.preparation)),
+        ("decode", *time_cells(r.decode)),
+        ("dense attention", duration(r.dense.median), f"{runs(r.dense)}; {r.dense_kind}"),
+        ("speed-up", f"{r.speed_up:.2f}", "dense attention / decode"),
+        (
+            "relative error",
+            f"{r.error:.2e}",
+            f"{verdict} the bound of {r.error_bound:.0e}, against float64 dense attention, {checked} requests",
+        ),
+    ]
+
+
+def time_cells(timing: Timing) -> Row:
+    return duration(timing.median), f"{runs(timing)}; first call, compiles or loads: {duration(timing.first)}"
+
+
+def runs(timing: Timing) -> str:
+    return "one run" if timing.runs == 1 else f"median of {timing.runs} runs"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.{1 if seconds >= 0.01 else 3}f} ms"
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """Rows of cells as lines, every column as wide as its widest cell but the last, which no padding follows."""
+    columns = max(map(len, rows))
+    full = [(*row, *[""] * (columns - len(row))) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*full, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in full]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def info_rows() -> list[Row]:
+    """The rows of the table of ``info``: versions, GPUs, and the kernel that ``auto`` would use."""
+    rows: list[Row] = [
+        ("fasttree-cupy", __version__),
+        ("Python", platform.python_version()),
+        ("NumPy", np.__version__),
+        ("Numba", numba.__version__),
+        ("CPU threads", str(numba.get_num_threads())),
+        *cupy_rows(),
+    ]
+    problem = gpu_problem()
+    if problem is not None:
+        return [*rows, ("GPU", one_line(f"none can be used: {problem}")), ("stage-1 kernel", "cpu")]
+    return [*rows, *gpu_rows()]
+
+
+def cupy_rows() -> list[Row]:
+    """Versions of CuPy and of the CUDA libraries that it found."""
+    try:
+        import cupy
+    except ImportError as error:
+        return [("CuPy", f"cannot be imported: {one_line(error)}")]
+    runtime = cupy.cuda.runtime
+    return [
+        ("CuPy", cupy.__version__),
+        ("CUDA driver", version_of(lambda: cuda_version(runtime.driverGetVersion()))),
+        ("CUDA runtime", version_of(lambda: cuda_version(runtime.runtimeGetVersion()))),
+        ("NVRTC", version_of(lambda: "{}.{}".format(*cupy.cuda.nvrtc.getVersion()))),
+    ]
+
+
+def version_of(look: Callable[[], str]) -> str:
+    try:
+        return look()
+    except Exception as error:  # each library raises what it likes
+        return f"not available: {one_line(error)}"
+
+
+def cuda_version(number: int) -> str:
+    """12080 is 12.8; 0 is what CUDA says where there is no driver."""
+    return f"{number // 1000}.{number % 1000 // 10}" if number else "none"
+
+
+def gpu_rows() -> list[Row]:
+    """The GPU that is CuPy's current one, which is where work goes by default."""
+    place = resolve_device("cuda")
+    kernel = stage1_kernel(place)
+    reason = "tensor cores" if kernel == "mma" else "no tensor cores that mma can use"
+    return [
+        ("GPU", device_name(place)),
+        ("compute capability", f"{cuda.compute_capability(device_index(place)) / 10}"),
+        ("stage-1 kernel", f"{kernel} ({reason})"),
+    ]
