@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     gpu = Gpu()
     rates, how = machine.measured_rates(gpu)
+    gpu.release()
     about = machine.describe(PROGRAM, arguments, args.commit) | machine.describe_gpu()
     about |= {"bandwidth": rates.bandwidth, "matrix_rate": rates.matrix_rate, "matrix_rate_from": how}
     print(f"{about['gpu']}: reads {rates.bandwidth / 1e12:.2f} TB/s, {rates.matrix_rate / 1e12:.0f} TFLOP/s ({how})")
@@ -116,62 +117,64 @@ def chosen_cases(args: argparse.Namespace) -> list[Case]:
 
 
 def run(
-    args: argparse.Namespace,
-    contestants: Sequence[Contestant],
-    device: Device,
-    rates: Rates,
-    about: dict[str, Any],
+    args: argparse.Namespace, contestants: Sequence[Contestant], device: Device, rates: Rates, about: dict[str, Any]
 ) -> int:
     """Measure all cases and print the summary; returns the exit status."""
-    present, document = [], {"machine": about, "contestants": {}, "cases": []}
-    for contestant in contestants:
-        problem = contestant.problem()
-        document["contestants"][contestant.name] = {"own": contestant.own, "problem": problem}
-        if problem is None:
-            present.append(contestant)
-        else:
-            print(f"absent: {contestant.name}: {problem}")
-    kept = complete_rows(args, [c.name for c in present], about) if args.resume else {}
-    document["cases"] = list(kept.values())
-    todo = [case for case in args.cases if results.key(case) not in kept]
     started = time.monotonic()
-    for number, case in enumerate(todo, start=1 + len(kept)):
+    document, present = start_document(args, contestants, about)
+    figures = published_figures(args.published, about)
+    done = {results.key(row) for row in document["cases"]}
+    todo = [case for case in args.cases if results.key(case) not in done]
+    for number, case in enumerate(todo):
         case_started = time.monotonic()
         if args.limit_seconds is not None and case_started - started > args.limit_seconds:
-            print(f"stopped after {args.limit_seconds:g} s: {len(todo) + len(kept) + 1 - number} cases left", end="")
-            print("; go on with --resume" if args.output else "")
+            print(f"stopped after {args.limit_seconds:g} s, {len(todo) - number} cases left: go on with --resume")
             break
         row = measure_case(case, present, device, rates, args.repeats, args.check_requests)
         device.release()
         document["cases"].append(row | {"commit": about["commit"]})
-        if args.published is not None:
-            add_published(document, args.published)
+        results.add_published([document["cases"][-1]], figures)
         if args.output is not None:
             results.save(args.output, document)
-        seconds = time.monotonic() - case_started
-        print(f"[{number}/{len(todo) + len(kept)}] {progress(document)} | {seconds:.1f} s", flush=True)
+        place = f"[{len(args.cases) - len(todo) + number + 1}/{len(args.cases)}]"
+        print(f"{place} {progress(document)} | {time.monotonic() - case_started:.1f} s", flush=True)
     print("\n".join(summary(document)))
     return 1 if is_failure(document) else 0
 
 
-def complete_rows(args: argparse.Namespace, contestants: list[str], about: dict[str, Any]) -> dict[Any, Any]:
-    """The complete cases of the file to resume, by their key; none where there is no file."""
-    if not args.output.exists():
-        return {}
-    document = results.load(args.output)
-    if document["machine"].get("gpu") != about.get("gpu"):
-        raise SystemExit(f"{args.output} holds results of {document['machine'].get('gpu')}, this is {about.get('gpu')}")
-    wanted = {results.key(case) for case in args.cases}
-    rows = {results.key(row): row for row in document["cases"] if results.is_complete(row, contestants)}
-    return {key: row for key, row in rows.items() if key in wanted}
+def start_document(
+    args: argparse.Namespace, contestants: Sequence[Contestant], about: dict[str, Any]
+) -> tuple[dict[str, Any], list[Contestant]]:
+    """The document to add cases to, with what a resumed file holds, and the contestants that can run."""
+    problems = {contestant.name: contestant.problem() for contestant in contestants}
+    entries = {c.name: {"own": c.own, "problem": problems[c.name]} for c in contestants}
+    present = [contestant for contestant in contestants if problems[contestant.name] is None]
+    for name, problem in problems.items():
+        if problem is not None:
+            print(f"absent: {name}: {problem}")
+    document: dict[str, Any] = {"machine": about, "contestants": entries, "cases": []}
+    if args.resume and args.output.exists():
+        old = results.load(args.output)
+        if old["machine"]["gpu"] != about["gpu"]:
+            raise SystemExit(f"{args.output} holds results of {old['machine']['gpu']}, this is {about['gpu']}")
+        wanted, names = {results.key(case) for case in args.cases}, [contestant.name for contestant in present]
+        document["contestants"] = old["contestants"] | entries
+        document["cases"] = [
+            row for row in old["cases"] if results.key(row) not in wanted or results.is_complete(row, names)
+        ]
+    return document, present
 
 
-def add_published(document: dict[str, Any], path: Path) -> None:
-    """Put published times into the rows where they are of this kind of GPU."""
-    figures = json.loads(path.read_text(encoding="utf-8"))
-    model = document["machine"]["gpu"].split()[-1]
-    if model in figures["machine"]:
-        results.add_published(document["cases"], figures)
+def published_figures(path: Path | None, about: dict[str, Any]) -> dict[str, Any]:
+    """Published figures, where they are of this kind of GPU."""
+    nothing: dict[str, Any] = {"peers": {}, "cases": []}
+    if path is None:
+        return nothing
+    figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if about["gpu"].split()[-1] in figures["machine"]:
+        return figures
+    print(f"{path} is left aside: its figures are of {figures['machine']}, this is {about['gpu']}")
+    return nothing
 
 
 def progress(document: dict[str, Any]) -> str:

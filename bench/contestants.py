@@ -11,14 +11,14 @@ from bench.timing import time_plan
 from bench.workloads import Workload
 from fasttree_cupy import FastTreeParams, MetadataTuple, fasttree_decode, fasttree_preparation, preset
 
-__all__ = ["KV_TILES", "OWN", "Contestant", "Documented", "Run", "Unsuited", "documented_plan"]
+__all__ = ["KV_TILES", "OWN", "Contestant", "Documented", "Run", "UnsuitedError", "documented_plan"]
 
 KV_TILES = ((32, 128), (32, 32))
 """The published benchmark's settings of ``TSKs``; the first is the preset's."""
 GPU_PRESET = "H100"
 
 
-class Unsuited(Exception):
+class UnsuitedError(Exception):
     """A contestant cannot run this case; the message says why."""
 
 
@@ -58,7 +58,7 @@ class Contestant(ABC):
 
         Raises
         ------
-        Unsuited
+        UnsuitedError
             If it cannot run this case.
         """
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-
 from bench.device import Gpu
 from bench.floor import H200, Rates
+from bench.peers._torch import torch_problem
 
 __all__ = ["describe", "describe_gpu", "measured_rates"]
 
@@ -51,18 +51,17 @@ def describe_gpu() -> dict[str, Any]:
 
 def measured_rates(gpu: Gpu) -> tuple[Rates, str]:
     """This GPU's bandwidth and float16 matrix rate, and how the latter was found."""
-    bandwidth = gpu.read_bandwidth()
-    try:
-        return Rates(bandwidth, _matrix_rate(gpu)), f"torch.matmul, {MATRIX_SIZE} cubed, float16"
-    except (ImportError, RuntimeError) as error:
-        return Rates(bandwidth, H200.matrix_rate), f"not measured ({error}): the constant of the H200"
+    bandwidth, problem = gpu.read_bandwidth(), torch_problem()
+    if problem is not None:
+        return Rates(bandwidth, H200.matrix_rate), f"not measured, {problem}: the constant of the H200"
+    return Rates(bandwidth, _matrix_rate(gpu)), f"torch.matmul, {MATRIX_SIZE} cubed, float16"
 
 
 def _matrix_rate(gpu: Gpu) -> float:
     import torch
 
     shape = (MATRIX_SIZE, MATRIX_SIZE)
-    a, b = (torch.from_dlpack(gpu.normal(shape, "float16", seed)) for seed in (1, 2))
+    a, b = (torch.utils.dlpack.from_dlpack(gpu.normal(shape, "float16", seed)) for seed in (1, 2))
     product = torch.empty_like(a)
     times = gpu.time_cold({"matmul": lambda: torch.matmul(a, b, out=product)}, repeats=15)
     return 1e6 * 2 * MATRIX_SIZE**3 / times["matmul"]["median_us"]

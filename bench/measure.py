@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.check import Reference, sample_requests
-from bench.contestants import Contestant, Run, Unsuited
+from bench.contestants import Contestant, Run, UnsuitedError
 from bench.device import Device
 from bench.floor import H200, Rates
 from bench.workloads import Case, Workload, make_workload
@@ -62,15 +62,25 @@ def _check(contestant: Contestant, workload: Workload, reference: Reference) -> 
     try:
         runs = contestant.prepare(workload)
         outcomes = {label: reference.problem(run.call(), contestant.own) for label, run in runs.items()}
-    except Unsuited as reason:
+    except UnsuitedError as reason:
         return {"absent": str(reason)}, {}
     except Exception as error:  # a peer's failure must not end the run, whatever its kind
-        workload.device.synchronize()  # raises where the GPU is lost: nothing after that could be trusted
+        _check_device(workload, contestant.name, error)
         return {"failed": f"{type(error).__name__}: {str(error).strip() or 'no message'}"}, {}
     problems = [f"{label}: {problem}" for label, (_, problem) in outcomes.items() if problem is not None]
     if problems:
         return {"wrong": "; ".join(problems)}, {}
     return {"variants": {label: {"relative_error": error} for label, (error, _) in outcomes.items()}}, runs
+
+
+def _check_device(workload: Workload, name: str, error: Exception) -> None:
+    """End the run where a failure took the device along: nothing measured after it could be trusted."""
+    try:
+        workload.device.synchronize()
+    except Exception as lost:
+        advice = "leave it out with --peers, and go on with --resume"
+        raise SystemExit(f"{name} lost the GPU in {workload.case.name} ({error}): {advice}") from lost
+    workload.device.release()
 
 
 def _graph(run: Run, device: Device, repeats: int) -> Result:

@@ -68,11 +68,8 @@ def median_us(row: Row, contestant: str) -> float | None:
     return None if variant is None else float(variant["median_us"])
 
 
-def amortised_us(row: Row, contestant: str, decodes: int) -> float | None:
+def amortised_us(variant: Row, decodes: int) -> float:
     """Time of one of several decodes on one plan, its share of the planning included."""
-    variant = best_variant(row, contestant)
-    if variant is None:
-        return None
     return float(variant["median_us"] + 1000 * (variant["plan_ms"] or 0.0) / decodes)
 
 

@@ -8,13 +8,23 @@ from typing import Any
 
 from bench.results import amortised_us, best_variant, median_us
 
-__all__ = ["Speedups", "best_peer", "floor_share", "geometric_mean", "own_names", "peer_names", "summary"]
+__all__ = [
+    "Speedups",
+    "against",
+    "against_best",
+    "best_peer",
+    "best_time",
+    "floor_share",
+    "geometric_mean",
+    "own_names",
+    "peer_names",
+    "summary",
+]
 
 Row = dict[str, Any]
-Time = Callable[[Row, str], float | None]
+Time = Callable[[Row], float | None]
 
 DECODES_PER_PLAN = (1, 32, 1000)
-BEST_PEER = "the best peer of each case"
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -47,10 +57,10 @@ def floor_share(row: Row, time_us: float) -> float:
 
 
 class Speedups:
-    """How many times as fast as somebody else one contestant is, over the rows in which both have a time."""
+    """How many times as fast one contestant is as another, over the rows in which both have a time."""
 
-    def __init__(self, rows: Sequence[Row], own: Time, other: Time, name: str, against: str) -> None:
-        times = [(own(row, name), other(row, against), row) for row in rows]
+    def __init__(self, rows: Iterable[Row], own: Time, other: Time) -> None:
+        times = [(own(row), other(row), row) for row in rows]
         self.ratios = [(b / a, row) for a, b, row in times if a is not None and b is not None]
 
     @property
@@ -69,19 +79,20 @@ class Speedups:
         return sorted((item for item in self.ratios if item[0] < 1), key=lambda item: item[0])
 
 
-def against(rows: Sequence[Row], own: str, peer: str) -> Speedups:
+def against(rows: Iterable[Row], own: str, peer: str) -> Speedups:
     """Speedups over one peer."""
-    return Speedups(rows, median_us, median_us, own, peer)
+    return Speedups(rows, lambda row: median_us(row, own), lambda row: median_us(row, peer))
 
 
-def against_best(rows: Sequence[Row], own: str, peers: Sequence[str]) -> Speedups:
+def against_best(rows: Iterable[Row], own: str, peers: Sequence[str]) -> Speedups:
     """Speedups over the best peer of each case."""
+    return Speedups(rows, lambda row: median_us(row, own), lambda row: best_time(row, peers))
 
-    def best(row: Row, _: str) -> float | None:
-        found = best_peer(row, peers)
-        return None if found is None else found[1]
 
-    return Speedups(rows, median_us, best, own, BEST_PEER)
+def best_time(row: Row, peers: Iterable[str]) -> float | None:
+    """Time of the best peer; None where none has one."""
+    found = best_peer(row, peers)
+    return None if found is None else found[1]
 
 
 def full_name(row: Row) -> str:
@@ -113,17 +124,15 @@ def _summary_of(document: dict[str, Any], own: str) -> list[str]:
     lines = [f"{own}, {len(timed)} of {len(rows)} cases timed"]
     if not timed:
         return lines
-    lines += [_line(peer, against(timed, own, peer)) for peer in peers if against(timed, own, peer).ratios]
+    lines += [_line(peer, speedups) for peer in peers if (speedups := against(timed, own, peer)).ratios]
     best = against_best(timed, own, peers)
     if best.ratios:
-        lines.append(_line(BEST_PEER, best))
-    for decodes in DECODES_PER_PLAN:
-        lines += _amortised(timed, own, peers, decodes)
+        lines.append(_line("the best peer of each case", best))
+    lines += [line for decodes in DECODES_PER_PLAN if (line := _amortised(timed, own, peers, decodes))]
     lines += _default_variant(timed, own)
     lines.append(f"  share of the floor: {_floor_line(timed, lambda row: median_us(row, own))}")
-    peer_share = _floor_line([row for row in timed if best_peer(row, peers)], lambda row: best_time(row, peers))
     if best.ratios:
-        lines.append(f"  the best peer's share: {peer_share}")
+        lines.append(f"  the best peer's share: {_floor_line(timed, lambda row: best_time(row, peers))}")
     lines.append(f"  a peer is faster in {len(best.lost)} of {len(best.ratios)} cases" + (":" if best.lost else ""))
     for ratio, row in best.lost:
         name, time = best_peer(row, peers) or ("", math.nan)
@@ -131,53 +140,43 @@ def _summary_of(document: dict[str, Any], own: str) -> list[str]:
     return lines
 
 
-def best_time(row: Row, peers: Sequence[str]) -> float:
-    """Time of the best peer."""
-    found = best_peer(row, peers)
-    return math.nan if found is None else found[1]
-
-
 def _line(peer: str, speedups: Speedups) -> str:
     worst, row = speedups.worst
-    return (
-        f"  {speedups.mean:6.2f}x as fast as {peer} ({len(speedups.ratios)} cases; "
-        f"worst {worst:.2f}x, {full_name(row)})"
-    )
+    where = f"{len(speedups.ratios)} cases; worst {worst:.2f}x, {full_name(row)}"
+    return f"  {speedups.mean:6.2f}x as fast as {peer} ({where})"
 
 
-def _amortised(rows: Sequence[Row], own: str, peers: Sequence[str], decodes: int) -> list[str]:
-    """One line: speedups with the planning shared by a number of decodes, over the peers that plan."""
+def _amortised(rows: Sequence[Row], own: str, peers: Sequence[str], decodes: int) -> str:
+    """Speedups with the planning shared by a number of decodes, over the peers that plan; empty where none does."""
+
+    def time(name: str) -> Time:
+        def amortised(row: Row) -> float | None:
+            variant = best_variant(row, name)
+            return None if variant is None else amortised_us(variant, decodes)
+
+        return amortised
+
     parts = []
     for peer in peers:
         planned = [row for row in rows if (best_variant(row, peer) or {}).get("plan_ms") is not None]
         if planned:
-            speedups = Speedups(
-                planned,
-                lambda row, name: amortised_us(row, name, decodes),
-                lambda row, name: amortised_us(row, name, decodes),
-                own,
-                peer,
-            )
-            parts.append(f"{peer} {speedups.mean:.2f}x")
+            parts.append(f"{peer} {Speedups(planned, time(own), time(peer)).mean:.2f}x")
     calls = "decode" if decodes == 1 else "decodes"
-    return [f"  planning included, {decodes} {calls} a plan: {', '.join(parts)}"] if parts else []
+    return f"  planning included, {decodes} {calls} a plan: {', '.join(parts)}" if parts else ""
 
 
 def _default_variant(rows: Sequence[Row], own: str) -> list[str]:
     """One line where the best of several variants counts: what the default alone costs."""
     results = [row["results"][own] for row in rows]
-    label = next(iter(results[0]["variants"]))
-    if len(results[0]["variants"]) == 1:
+    variants = list(results[0]["variants"])
+    if len(variants) == 1:
         return []
-    costs = (r["variants"][label]["median_us"] / r["variants"][r["best"]]["median_us"] for r in results)
-    return [f"  the better of {len(results[0]['variants'])} variants counts; {label} alone takes {_times(costs)}"]
+    costs = (r["variants"][variants[0]]["median_us"] / r["variants"][r["best"]]["median_us"] for r in results)
+    line = f"  the better of {len(variants)} settings counts; the default, {variants[0]}, alone takes"
+    return [f"{line} {geometric_mean(costs):.3f} times as long"]
 
 
-def _times(ratios: Iterable[float]) -> str:
-    return f"{geometric_mean(ratios):.3f} times as long"
-
-
-def _floor_line(rows: Sequence[Row], time: Callable[[Row], float | None]) -> str:
+def _floor_line(rows: Sequence[Row], time: Time) -> str:
     shares = [(floor_share(row, us), row) for row in rows if (us := time(row)) is not None]
     if not shares:
         return "none"

@@ -3,11 +3,8 @@
 // Stage 1 on tensor cores (sm_80 and later). K and V rows are gathered into a ring of shared-memory tiles by cp.async
 // while the warps work on an earlier tile. kRowWarps warps split the rows; kTokenWarps split a tile's tokens, each with a
 // softmax state of its own, and are merged once at the end: few rows still keep every warp busy.
-#include "config.cuh"
-#include "kv_tile.cuh"
-#include "mma.cuh"
-#include "softmax.cuh"
 #include "stage1_params.cuh"
+#include "warp_rows.cuh"
 
 #if !defined(FT_ROW_WARPS) || !defined(FT_TOKEN_WARPS) || !defined(FT_WARP_TOKENS) || !defined(FT_STAGES)
 #error "FT_ROW_WARPS, FT_TOKEN_WARPS, FT_WARP_TOKENS and FT_STAGES are given by kernels.py"
@@ -21,12 +18,8 @@ constexpr int kRows = kRowWarps * 16;
 constexpr int kKvTile = kTokenWarps * kWarpTokens;
 constexpr int kWarps = kRowWarps * kTokenWarps;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kDimSteps = kHeadDim / 16;
-// Registers that a thread's rows take at least, rounded up to what buys another block on a multiprocessor.
-constexpr int kRegisters = kHeadDim <= 64 ? 128 : kHeadDim == 128 ? 168 : 255;
-constexpr int kMinBlocks = 65536 / kRegisters / kThreads;
-using Tile = TileLayout<kKvTile, kHeadDim>;
-constexpr int kStageBytes = 2 * Tile::kBytes;  // K, then V
+constexpr int kTileBytes = kKvTile * kHeadDim * 2;
+constexpr int kStageBytes = 2 * kTileBytes;  // K, then V
 
 static_assert(kWarpTokens % 16 == 0, "the second product takes 16 tokens at a time");
 static_assert(kRowWarps == 1 || kTokenWarps == 1 || kKvTile % kWarps == 0, "warps share the copying evenly");
@@ -35,134 +28,6 @@ static_assert(kTokenWarps == 1 || kTokenWarps * kRows * kHeadDim * 4 <= kStages 
               "the merge reuses the tiles' shared memory");
 // kernels.py computes the same number.
 static_assert(kStages * kStageBytes == FT_SHARED_BYTES, "host and device agree on shared memory");
-
-// What one warp holds: 16 query rows, and of each row its softmax state and output over the tokens seen so far.
-struct WarpRows {
-    u32 q[kDimSteps][4];
-    float o[2 * kDimSteps][4];
-    SoftmaxState state[2];  // rows g and g + 8
-
-    __device__ __forceinline__ void load_queries(const VnodeView& vnode, int first_row, int lane) {
-        const int column = lane % 4 * 2;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int row = first_row + lane / 4 + half * 8;
-            const bool valid = row < vnode.num_rows;
-            const u16* query = valid ? vnode.query(row) + column : nullptr;
-#pragma unroll
-            for (int d = 0; d < kDimSteps; ++d) {
-                q[d][half] = valid ? *reinterpret_cast<const u32*>(query + d * 16) : 0;
-                q[d][half + 2] = valid ? *reinterpret_cast<const u32*>(query + d * 16 + 8) : 0;
-            }
-        }
-#pragma unroll
-        for (int d = 0; d < 2 * kDimSteps; ++d) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) o[d][i] = 0.0f;
-        }
-    }
-
-    // Attends kWarpTokens tokens that start at row `first` of the tile; those from `valid` on are masked.
-    __device__ __forceinline__ void attend(u32 k_tile, u32 v_tile, int first, int valid, const ScoreScale& to_score,
-                                           int lane) {
-        float s[kWarpTokens / 8][4] = {};
-        scores(s, k_tile, first, lane);
-        softmax(s, valid - first, to_score, lane);
-        values(s, v_tile, first, lane);
-    }
-
-    __device__ __forceinline__ void scores(float (&s)[kWarpTokens / 8][4], u32 k_tile, int first, int lane) const {
-#pragma unroll
-        for (int d = 0; d < kDimSteps; ++d) {
-#pragma unroll
-            for (int t = 0; t < kWarpTokens / 16; ++t) {
-                u32 k[4];
-                const int token = first + t * 16 + lane / 16 * 8 + lane % 8;
-                load_matrices(k, k_tile + Tile::offset(token, d * 2 + lane / 8 % 2));
-                Mma<Element>::add(s[2 * t], q[d], k[0], k[1]);
-                Mma<Element>::add(s[2 * t + 1], q[d], k[2], k[3]);
-            }
-        }
-    }
-
-    // Turns dot products into weights, in place.
-    __device__ __forceinline__ void softmax(float (&s)[kWarpTokens / 8][4], int valid, const ScoreScale& to_score,
-                                            int lane) {
-#pragma unroll
-        for (int n = 0; n < kWarpTokens / 8; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) s[n][i] = to_score(s[n][i]);
-        }
-        if (valid < kWarpTokens) {
-#pragma unroll
-            for (int n = 0; n < kWarpTokens / 8; ++n) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    if (n * 8 + lane % 4 * 2 + i % 2 >= valid) s[n][i] = -kInfinity;
-                }
-            }
-        }
-        float highest[2] = {-kInfinity, -kInfinity};
-#pragma unroll
-        for (int n = 0; n < kWarpTokens / 8; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) highest[i / 2] = fmaxf(highest[i / 2], s[n][i]);
-        }
-        float factor[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {  // a row's columns lie in four neighbouring lanes
-            highest[half] = fmaxf(highest[half], __shfl_xor_sync(0xffffffffu, highest[half], 1));
-            highest[half] = fmaxf(highest[half], __shfl_xor_sync(0xffffffffu, highest[half], 2));
-            factor[half] = state[half].raise(highest[half]);
-        }
-#pragma unroll
-        for (int n = 0; n < kWarpTokens / 8; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                s[n][i] = state[i / 2].weight(s[n][i]);
-                state[i / 2].l += s[n][i];  // of this lane's columns; finish() adds the four lanes up
-            }
-        }
-        // Past the first tiles of a long vnode the maximum rarely moves: then there is nothing to rescale.
-        if (__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) {
-#pragma unroll
-            for (int d = 0; d < 2 * kDimSteps; ++d) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) o[d][i] *= factor[i / 2];
-            }
-        }
-    }
-
-    __device__ __forceinline__ void values(const float (&s)[kWarpTokens / 8][4], u32 v_tile, int first, int lane) {
-#pragma unroll
-        for (int t = 0; t < kWarpTokens / 16; ++t) {
-            const u32 weights[4] = {
-                Element::pack(s[2 * t][0], s[2 * t][1]), Element::pack(s[2 * t][2], s[2 * t][3]),
-                Element::pack(s[2 * t + 1][0], s[2 * t + 1][1]), Element::pack(s[2 * t + 1][2], s[2 * t + 1][3])};
-#pragma unroll
-            for (int d = 0; d < kDimSteps; ++d) {
-                u32 v[4];
-                const int token = first + t * 16 + lane / 8 % 2 * 8 + lane % 8;
-                load_matrices_transposed(v, v_tile + Tile::offset(token, d * 2 + lane / 16));
-                Mma<Element>::add(o[2 * d], weights, v[0], v[1]);
-                Mma<Element>::add(o[2 * d + 1], weights, v[2], v[3]);
-            }
-        }
-    }
-
-    // Completes the row sums, which every lane has gathered for its own columns.
-    __device__ __forceinline__ void finish() {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            state[half].l += __shfl_xor_sync(0xffffffffu, state[half].l, 1);
-            state[half].l += __shfl_xor_sync(0xffffffffu, state[half].l, 2);
-        }
-    }
-};
-
-struct alignas(8) Float2 {
-    float x, y;
-};
 
 // Merges the softmax states of the warps that shared these rows; afterwards every warp's outputs are on one scale and
 // its states hold the sum over all. `exchange` holds two floats a row and token warp.
@@ -288,8 +153,8 @@ __device__ __forceinline__ void attend_block(const VnodeView& vnode, int first_r
     const auto start_copy = [&](int tile) {
         if (tile < tiles) {
             const u32 stage = ring + tile % kStages * kStageBytes;
-            gather.copy<Tile>(stage, copy_row, k, vnode.p.k_stride_token, lane);
-            gather.copy<Tile>(stage + Tile::kBytes, copy_row, v, vnode.p.v_stride_token, lane);
+            gather.copy(stage, copy_row, k, vnode.p.k_stride_token, lane);
+            gather.copy(stage + kTileBytes, copy_row, v, vnode.p.v_stride_token, lane);
         }
         commit_copies();  // an empty group too: wait_copies counts groups
         fetch(tile + 1);
@@ -299,15 +164,17 @@ __device__ __forceinline__ void attend_block(const VnodeView& vnode, int first_r
 
     const bool has_rows = first_row + row_warp * 16 < vnode.num_rows;
     WarpRows rows;
-    rows.load_queries(vnode, first_row + row_warp * 16, lane);
+    const auto query = [&](int row) { return vnode.query(row); };
+    rows.load_queries(query, first_row + row_warp * 16, vnode.num_rows, lane);
     for (int tile = 0; tile < tiles; ++tile) {
         wait_copies<kStages - 2>();
         sync_readers();  // this tile has arrived, and nobody still reads the one that the next copy overwrites
         start_copy(tile + kStages - 1);
-        const int valid = vnode.kv_len - tile * kKvTile;
-        if (token_warp * kWarpTokens < valid && has_rows) {
+        const int valid = vnode.kv_len - tile * kKvTile - token_warp * kWarpTokens;
+        if (valid > 0 && has_rows) {
             const u32 stage = ring + tile % kStages * kStageBytes;
-            rows.attend(stage, stage + Tile::kBytes, token_warp * kWarpTokens, valid, to_score, lane);
+            const Visible visible{valid, {true, true}, valid < kWarpTokens};
+            rows.attend<kWarpTokens>(stage, stage + kTileBytes, token_warp * kWarpTokens, visible, to_score, lane);
         }
     }
 
@@ -325,7 +192,7 @@ __device__ __forceinline__ void attend_block(const VnodeView& vnode, int first_r
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) stage1_mma(const __grid_constant__ Stage1Params p) {
+extern "C" __global__ void __launch_bounds__(kThreads, min_blocks(kThreads)) stage1_mma(const __grid_constant__ Stage1Params p) {
     extern __shared__ __align__(128) unsigned char shared[];
     const VnodeView vnode(p, p.first_vnode + blockIdx.x, blockIdx.y);
     for (int row = blockIdx.z * kRows; row < vnode.num_rows; row += gridDim.z * kRows) {

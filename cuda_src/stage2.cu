@@ -1,4 +1,4 @@
-// Grid (ceil(batch * qo_heads / kWarps)), block kWarps * 32 threads: one warp an output row.
+// Grid (ceil(merges * qo_heads / kWarps)), block kWarps * 32 threads: one warp an output row.
 //
 // Stage 2: merges the partial outputs of one request and head by log-sum-exp. A request without partials gets 0.
 #include "config.cuh"
@@ -24,26 +24,28 @@ struct Stage2Params {
     const float* mid_o;               // [partials, qo_heads, head_dim], contiguous
     const float* mid_lse;             // [partials, qo_heads], contiguous: natural log
     const int* req_to_vnode_entries;  // [partials]: rows of mid_o, a request's together
-    const int* req_to_vnode_offs;     // [batch]
-    const int* req_to_vnode_lens;     // [batch]
+    const int* req_to_vnode_offs;     // [merges]
+    const int* req_to_vnode_lens;     // [merges]
+    const int* requests;              // [merges]: whose outputs these are; null: request i is merge i
     u16* o;                           // [batch, qo_heads, head_dim], last axis contiguous
     i64 o_stride_request, o_stride_head;
-    int batch;
+    int merges;
     int qo_heads;
     int o_aligned;                    // rows of o start at multiples of 16 bytes
     int padding;
 };
-static_assert(sizeof(Stage2Params) == 80, "as STAGE2_PARAMS in cuda.py");
+static_assert(sizeof(Stage2Params) == 88, "as STAGE2_PARAMS in cuda.py");
 
 extern "C" __global__ void __launch_bounds__(kWarps * kWarpSize)
 stage2(const __grid_constant__ Stage2Params p) {
     const int lane = threadIdx.x % kWarpSize;
     const i64 output = i64(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
-    if (output >= i64(p.batch) * p.qo_heads || lane >= kActiveLanes) return;
-    const int request = int(output / p.qo_heads);
+    if (output >= i64(p.merges) * p.qo_heads || lane >= kActiveLanes) return;
+    const int merge = int(output / p.qo_heads);
     const int head = int(output % p.qo_heads);
-    const int count = p.req_to_vnode_lens[request];
-    const int* entries = p.req_to_vnode_entries + p.req_to_vnode_offs[request];
+    const int request = p.requests == nullptr ? merge : p.requests[merge];
+    const int count = p.req_to_vnode_lens[merge];
+    const int* entries = p.req_to_vnode_entries + p.req_to_vnode_offs[merge];
 
     SoftmaxState state;
     float o[kLaneDims] = {};

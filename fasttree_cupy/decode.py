@@ -21,6 +21,8 @@ ELEMENT_DTYPES = ("float16", "bfloat16")
 INPUT_NAMES = ("q", "k_buffer", "v_buffer")
 ARRAY_NAMES = MetadataTuple._fields[:11]
 MID_NAMES = ("mid_o", "mid_lse")
+FLOAT32_TINY, FLOAT32_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+"""The smallest normal number and the largest: the kernels compute in float32."""
 
 
 def fills_gaps(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -128,8 +130,8 @@ def fasttree_decode(
     }
     phases = check_phases(phase_node_nums, phase_node_offsets, phase_q_tile_sizes, phase_kv_tile_sizes)
     scale = checked_float(sm_scale, "sm_scale")
-    cap = checked_float(logit_cap, "logit_cap")
-    if kernel not in cuda.KERNELS:
+    cap = checked_cap(logit_cap)
+    if not isinstance(kernel, str) or kernel not in cuda.KERNELS:
         raise ValueError(f"kernel is {kernel!r}, expected one of {', '.join(map(repr, cuda.KERNELS))}")
     device = arrays.device_of("q", q)
     if device[0] == "cpu" and (stream is not None or kernel != "auto"):
@@ -218,9 +220,21 @@ def checked_float(value: object, name: str) -> float:
     """`value` as a float; TypeError or ValueError in the name of the argument."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {value!r}, expected a number")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}, expected a finite number")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer too large
+        number = math.inf
+    if not abs(number) <= FLOAT32_MAX:
+        raise ValueError(f"{name} is {value!r}, expected a finite number that float32 can hold")
+    return number
+
+
+def checked_cap(value: object) -> float:
+    """The soft cap as a float: the kernels divide by it where it is positive, so float32 must tell it from 0."""
+    cap = checked_float(value, "logit_cap")
+    if 0 < cap < FLOAT32_TINY:
+        raise ValueError(f"logit_cap is {value!r}, expected 0, a negative number, or at least {FLOAT32_TINY}")
+    return cap
 
 
 def check_inputs(views: Mapping[str, ArrayView]) -> None:
@@ -247,6 +261,8 @@ def check_output(o: ArrayView, q: ArrayView) -> None:
     check_same("o", "device", o.device, q.device)
     check_same("o", "shape", o.shape, q.shape)
     check_writable("o", o)
+    if any(length > 1 and stride == 0 for length, stride in zip(o.shape, o.strides, strict=True)):
+        raise ValueError(f"o has strides {o.strides} in elements, expected no two elements in one place")
 
 
 def check_metadata(views: Mapping[str, ArrayView], phases: Phases) -> None:
@@ -271,15 +287,21 @@ def check_metadata(views: Mapping[str, ArrayView], phases: Phases) -> None:
     check_same("mid_lse", "shape", views["mid_lse"].shape, partials + q.shape[1:2])
     for name in MID_NAMES:
         check_writable(name, views[name])
-    for phase, (first, count) in enumerate(zip(phases.node_offsets, phases.node_nums, strict=True)):
-        if first + count > num_vnodes[0]:
-            raise ValueError(
-                f"phase_node_offsets[{phase}] is {first} and phase_node_nums[{phase}] is {count}, "
-                f"expected a range of the {num_vnodes[0]} vnodes"
-            )
+    check_ranges(phases, num_vnodes[0])
     if phases.num_tokens is not None and k.shape[0] != phases.num_tokens:
         raise ValueError(
             f"k_buffer has {k.shape[0]} tokens, expected {phases.num_tokens} as the tree of phase_node_nums has"
+        )
+
+
+def check_ranges(phases: Phases, num_vnodes: int) -> None:
+    """Check that the phases hold each vnode once: one left out would leave in mid_o what it held before."""
+    ranges = sorted((first, count) for first, count in zip(phases.node_offsets, phases.node_nums, strict=True) if count)
+    ends = [first + count for first, count in ranges]
+    if [*(first for first, _ in ranges), num_vnodes] != [0, *ends]:
+        raise ValueError(
+            f"phase_node_nums is {phases.node_nums} and phase_node_offsets is {phases.node_offsets}, "
+            f"expected ranges that hold each of the {num_vnodes} vnodes once"
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bench.contestants import Unsuited
+from bench.contestants import UnsuitedError
 from bench.workloads import Workload
 
 __all__ = ["cache_rows", "check_cache_size"]
@@ -23,8 +23,8 @@ def cache_rows(workload: Workload) -> list[tuple[npt.NDArray[Any], npt.NDArray[A
 
 
 def check_cache_size(workload: Workload) -> None:
-    """Raise `Unsuited` where one cache a request would take more than a quarter of the free memory."""
+    """Raise `UnsuitedError` where one cache a request would take more than a quarter of the free memory."""
     case = workload.case
     size = 4 * int(workload.tree.path_tokens.sum()) * case.num_kv_heads * case.head_dim  # K and V, two bytes each
     if 4 * size > workload.device.free_bytes():
-        raise Unsuited(f"one cache a request takes {size / 1e9:.0f} GB, too much for this GPU")
+        raise UnsuitedError(f"one cache a request takes {size / 1e9:.0f} GB, too much for this GPU")

@@ -22,14 +22,14 @@ def tensor(array: Any) -> Any:
     """A CuPy array as a torch tensor, zero copy."""
     import torch
 
-    return torch.from_dlpack(array)
+    return torch.utils.dlpack.from_dlpack(array)
 
 
-def int32_tensor(values: Any) -> Any:
-    """A NumPy array as an int32 tensor on the GPU."""
+def int32_tensor(values: Any, like: Any) -> Any:
+    """A NumPy array as an int32 tensor on the device of the tensor `like`."""
     import torch
 
-    return torch.as_tensor(values, dtype=torch.int32).cuda()
+    return torch.as_tensor(values, dtype=torch.int32, device=like.device)
 
 
 def paged_cache(workload: Workload) -> tuple[Any, Any]:

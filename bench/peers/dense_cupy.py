@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.contestants import Contestant, Run, Unsuited
+from bench.contestants import Contestant, Run, UnsuitedError
 from bench.peers._caches import cache_rows, check_cache_size
 from bench.workloads import Workload
 
@@ -29,7 +29,7 @@ class DenseCupy(Contestant):
     def prepare(self, workload: Workload) -> dict[str, Run]:
         """One run."""
         if workload.case.dtype != "float16":
-            raise Unsuited(f"CuPy has no matrix product of {workload.case.dtype}")
+            raise UnsuitedError(f"CuPy has no matrix product of {workload.case.dtype}")
         check_cache_size(workload)
         xp, case = workload.device.xp, workload.case
         batches = []

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.contestants import KV_TILES, Contestant, Run, Unsuited, documented_plan, tiles_label
+from bench.contestants import KV_TILES, Contestant, Run, UnsuitedError, documented_plan, tiles_label
 from bench.peers._torch import tensor, torch_problem
 from bench.workloads import Workload
 
@@ -56,13 +56,13 @@ class FastTreeTriton(Contestant):
     def prepare(self, workload: Workload) -> dict[str, Run]:
         """One run for each of ``KV_TILES``."""
         if workload.k.size >= INT32_ELEMENTS:
-            raise Unsuited("its offsets into K and V are int32, which this many tokens overflow")
+            raise UnsuitedError("its offsets into K and V are int32, which this many tokens overflow")
         return {tiles_label(tiles): self._run(workload, tiles) for tiles in KV_TILES}
 
     def _run(self, workload: Workload, tiles: Sequence[int]) -> Run:
         metadata, params = documented_plan(workload, tiles)
         if metadata.mid_o.size >= INT32_ELEMENTS:
-            raise Unsuited("its offsets into the partial outputs are int32, which this plan overflows")
+            raise UnsuitedError("its offsets into the partial outputs are int32, which this plan overflows")
         output = workload.new_output()
         xp = workload.device.xp
         padding = xp.full(PADDING, -1, xp.int32)

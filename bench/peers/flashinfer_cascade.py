@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bench.contestants import Contestant, Run, Unsuited
+from bench.contestants import Contestant, Run, UnsuitedError
 from bench.peers._torch import int32_tensor, paged_cache, tensor
 from bench.peers.flashinfer_decode import WORKSPACE_BYTES, flashinfer_problem
 from bench.timing import time_plan
@@ -33,12 +33,12 @@ class FlashInferCascade(Contestant):
         case, seqlen = workload.case, workload.tree.seqlen
         levels = level_runs(workload.paths)
         q, cache = tensor(workload.q), paged_cache(workload)
-        workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
+        workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=q.device)
         wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(len(levels), workspace, "NHD")
-        qo_indptr = [int32_tensor(starts) for starts, _ in levels]
-        kv_indptr = [int32_tensor(np.concatenate([[0], np.cumsum(seqlen[nodes])])) for _, nodes in levels]
-        kv_indices = [int32_tensor(workload.rows(nodes)) for _, nodes in levels]
-        last_page = [int32_tensor(np.ones(len(nodes))) for _, nodes in levels]
+        qo_indptr = [int32_tensor(starts, q) for starts, _ in levels]
+        kv_indptr = [int32_tensor(np.concatenate([[0], np.cumsum(seqlen[nodes])]), q) for _, nodes in levels]
+        kv_indices = [int32_tensor(workload.rows(nodes), q) for _, nodes in levels]
+        last_page = [int32_tensor(np.ones(len(nodes)), q) for _, nodes in levels]
 
         def plan() -> None:
             wrapper.plan(
@@ -69,16 +69,16 @@ def level_runs(paths: list[Ints]) -> list[tuple[Ints, Ints]]:
 
     Raises
     ------
-    Unsuited
+    UnsuitedError
         If paths differ in length, have one level only, or a node's requests do not follow one another.
     """
     if len({len(path) for path in paths}) != 1 or len(paths[0]) < 2:
-        raise Unsuited("it needs paths of the same number of levels, two or more")
+        raise UnsuitedError("it needs paths of the same number of levels, two or more")
     levels = []
     for column in np.stack(paths, axis=1):
         starts = np.flatnonzero(np.concatenate([[True], column[1:] != column[:-1]]))
         nodes = column[starts]
         if len(np.unique(nodes)) != len(nodes):
-            raise Unsuited("it needs the requests of each node to follow one another")
+            raise UnsuitedError("it needs the requests of each node to follow one another")
         levels.append((np.append(starts, len(paths)), nodes))
     return levels

@@ -45,13 +45,13 @@ class FlashInferDecode(Contestant):
         case, tree = workload.case, workload.tree
         q, cache = tensor(workload.q), paged_cache(workload)
         output = torch.empty_like(q).fill_(torch.nan)
-        workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
+        workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=q.device)
         wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
             workspace, "NHD", use_tensor_cores=case.num_qo_heads > case.num_kv_heads
         )
-        indptr = int32_tensor(np.concatenate([[0], np.cumsum(tree.path_tokens)]))
-        indices = int32_tensor(np.concatenate([workload.rows(path) for path in workload.paths]))
-        last_page = int32_tensor(np.ones(tree.batch_size))
+        indptr = int32_tensor(np.concatenate([[0], np.cumsum(tree.path_tokens)]), q)
+        indices = int32_tensor(np.concatenate([workload.rows(path) for path in workload.paths]), q)
+        last_page = int32_tensor(np.ones(tree.batch_size), q)
 
         def plan() -> None:
             wrapper.plan(

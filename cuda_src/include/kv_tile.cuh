@@ -14,20 +14,17 @@ __device__ __forceinline__ void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// A tile of kTokens rows of kDim 16-bit elements, cut into chunks of 16 bytes.
-template <int kTokens, int kDim>
-struct TileLayout {
-    static constexpr int kChunks = kDim / 8;
-    static constexpr int kBytes = kTokens * kDim * 2;
-    // ldmatrix reads one chunk of eight consecutive rows at a time. Their bank is fixed by chunk index and, in rows
-    // shorter than 128 bytes, by the row's place in a 128-byte line: exclusive-or spreads the eight over all banks.
-    static constexpr int kRowsPerLine = max_of(1, 8 / kChunks);
-    static constexpr int kMask = min_of(8, kChunks) - 1;
-
-    static __device__ __forceinline__ u32 offset(int row, int chunk) {
-        return u32(row * (kDim * 2) + ((chunk ^ ((row / kRowsPerLine) & kMask)) << 4));
-    }
-};
+// Where chunk `chunk` (16 bytes) of row `row` lies in a tile of rows of kDim 16-bit elements.
+//
+// ldmatrix reads one chunk of eight consecutive rows at a time. Their bank is fixed by the chunk's index and, in rows
+// shorter than 128 bytes, by the row's place in a 128-byte line: exclusive-or spreads the eight over all banks.
+template <int kDim>
+__device__ __forceinline__ u32 tile_offset(int row, int chunk) {
+    constexpr int kChunks = kDim / 8;
+    constexpr int kRowsPerLine = max_of(1, 8 / kChunks);
+    constexpr int kMask = min_of(8, kChunks) - 1;
+    return u32(row * (kDim * 2) + ((chunk ^ ((row / kRowsPerLine) & kMask)) << 4));
+}
 
 // The share of one warp in gathering a tile: kRows rows in a row. Lane i holds the entry of row i and hands it round, so
 // that a thread keeps one index, whatever the tile.
@@ -45,7 +42,6 @@ struct WarpGather {
     __device__ __forceinline__ void fetch(const int* entries, int count, int lane) {
         entry = lane < min(count, kRows) ? entries[lane] : -1;
     }
-    template <typename Layout>
     __device__ __forceinline__ void copy(u32 tile, int first_row, const u16* base, i64 row_stride, int lane) const {
         const int chunk = lane % kChunks;
 #pragma unroll
@@ -54,7 +50,7 @@ struct WarpGather {
             const int from = __shfl_sync(0xffffffffu, entry, row % kWarpSize);
             if (kRows % kRowsPerPass == 0 || row < kRows) {
                 const bool valid = from >= 0;
-                copy_async_16(tile + Layout::offset(first_row + row, chunk),
+                copy_async_16(tile + tile_offset<kDim>(first_row + row, chunk),
                               base + (valid ? from : 0) * row_stride + chunk * 8, valid);
             }
         }

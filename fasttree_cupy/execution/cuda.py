@@ -33,9 +33,16 @@ STAGE1_PARAMS = np.dtype(
     + [("first_vnode", np.int32), ("group", np.int32), ("sm_scale", np.float32), ("logit_cap", np.float32)]
 )
 STAGE2_PARAMS = np.dtype(
-    [(name, np.uint64) for name in ("mid_o", "mid_lse", "entries", "offs", "lens", "o")]
+    [(name, np.uint64) for name in ("mid_o", "mid_lse", "entries", "offs", "lens", "requests", "o")]
     + [("o_request", np.int64), ("o_head", np.int64)]
-    + [("batch", np.int32), ("qo_heads", np.int32), ("o_aligned", np.int32), ("padding", np.int32)]
+    + [("merges", np.int32), ("qo_heads", np.int32), ("o_aligned", np.int32), ("padding", np.int32)]
+)
+TREE_DECODE_PARAMS = np.dtype(
+    [(name, np.uint64) for name in ("q", "k", "v", "o", "mid_o", "mid_lse", "items", "segments", "request_order")]
+    + [(name, np.int64) for name in ("q_request", "q_head", "k_token", "k_head", "v_token", "v_head")]
+    + [(name, np.int64) for name in ("o_request", "o_head")]
+    + [("kv_heads", np.int32), ("group", np.int32), ("sm_scale", np.float32), ("logit_cap", np.float32)]
+    + [("o_aligned", np.int32), ("padding", np.int32)]
 )
 
 
@@ -162,7 +169,8 @@ def decode(
                     logit_cap,
                     kernel,
                 )
-        launch_stage2(o, metadata)
+        mid = [view.pointer for view in metadata[9:11]]
+        launch_stage2(o, mid, [view.pointer for view in metadata[6:9]], o.shape[0])
 
 
 def launch_stage1(
@@ -197,13 +205,55 @@ def launch_stage1(
     launch(config, q.device[1], grid, params)
 
 
-def launch_stage2(o: ArrayView, metadata: Sequence[ArrayView]) -> None:
-    """Merge every request's partial outputs into ``o``."""
-    batch, num_qo_heads, head_dim = o.shape
-    pointers = (view.pointer for view in (*metadata[9:11], *metadata[6:9], o))
-    params = np.array((*pointers, *o.strides[:2], batch, num_qo_heads, is_aligned(o), 0), STAGE2_PARAMS)
+def launch_stage2(o: ArrayView, mid: Sequence[int], lists: Sequence[int], merges: int, requests: int = 0) -> None:
+    """Merge partial outputs into ``o``.
+
+    Parameters
+    ----------
+    mid : sequence of 2 int
+        Pointers to ``mid_o`` and ``mid_lse``.
+    lists : sequence of 3 int
+        Pointers to the entries, and each merge's offset and length in them.
+    merges : int
+        Number of merges.
+    requests : int
+        Pointer to the request of each merge; 0: request i is merge i.
+    """
+    _, num_qo_heads, head_dim = o.shape
+    pointers = (*mid, *lists, requests, o.pointer)
+    params = np.array((*pointers, *o.strides[:2], merges, num_qo_heads, is_aligned(o), 0), STAGE2_PARAMS)
     config = KernelConfig("stage2", o.dtype, head_dim)
-    launch(config, o.device[1], (-(-batch * num_qo_heads // STAGE2_ROWS), 1, 1), params)
+    launch(config, o.device[1], (-(-merges * num_qo_heads // STAGE2_ROWS), 1, 1), params)
+
+
+def launch_tree_decode(
+    q: ArrayView,
+    k: ArrayView,
+    v: ArrayView,
+    o: ArrayView,
+    mid: Sequence[int],
+    schedule: Sequence[int],
+    num_items: int,
+    sm_scale: float,
+    logit_cap: float,
+) -> None:
+    """Run the items of a plan.
+
+    Parameters
+    ----------
+    mid : sequence of 2 int
+        Pointers to ``mid_o`` and ``mid_lse``.
+    schedule : sequence of 3 int
+        Pointers to the items, the segments and the order of the requests.
+    """
+    num_qo_heads, head_dim = q.shape[1:]
+    num_kv_heads = k.shape[1]
+    pointers = (q.pointer, k.pointer, v.pointer, o.pointer, *mid, *schedule)
+    strides = (*q.strides[:2], *k.strides[:2], *v.strides[:2], *o.strides[:2])
+    numbers = (num_kv_heads, num_qo_heads // num_kv_heads, sm_scale, logit_cap, is_aligned(o), 0)
+    params = np.array((*pointers, *strides, *numbers), TREE_DECODE_PARAMS)
+    config = KernelConfig("tree_decode", q.dtype, head_dim)
+    launch(config, q.device[1], (num_items * num_kv_heads, 1, 1), params)
 
 
 def launch(config: KernelConfig, device: int, grid: tuple[int, int, int], params: Any) -> None:

@@ -29,6 +29,14 @@ DEFAULT_SHARED_BYTES = 48 * 1024
 MMA_COMPUTE_CAPABILITY = 80
 """Compute capability times ten from which ``stage1_mma`` runs: it needs cp.async and bfloat16 products."""
 
+TREE_DECODE_STAGES = 2
+"""Tiles in the ring of ``tree_decode``."""
+
+
+def block_warps(head_dim: int) -> int:
+    """Warps of a block of ``tree_decode``; at head_dim 256 four would need too much shared memory."""
+    return 4 if head_dim <= 128 else 2
+
 
 @dataclass(frozen=True)
 class MmaTile:
@@ -69,7 +77,7 @@ class KernelConfig:
     Attributes
     ----------
     name : str
-        ``"stage1_mma"``, ``"stage1_plain"`` or ``"stage2"``: the file under ``cuda_src/`` and the function in it.
+        ``"stage1_mma"``, ``"stage1_plain"``, ``"stage2"`` or ``"tree_decode"``: the file under ``cuda_src/`` and the function in it.
     dtype : str
         Element type of Q, K, V and O: ``"float16"`` or ``"bfloat16"``.
     head_dim : int
@@ -86,6 +94,8 @@ class KernelConfig:
     @property
     def threads(self) -> int:
         """Threads a block; the same sum stands in ``stage1_mma.cu``."""
+        if self.name == "tree_decode":
+            return 32 * block_warps(self.head_dim)
         if self.tile is None:
             return 128
         return 32 * self.tile.row_warps * self.tile.token_warps
@@ -93,6 +103,8 @@ class KernelConfig:
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory a block, in bytes; ``stage1_mma.cu`` asserts the same number."""
+        if self.name == "tree_decode":
+            return block_warps(self.head_dim) * TREE_DECODE_STAGES * 2 * 16 * self.head_dim * 2
         if self.tile is None:
             return 0
         return self.tile.stages * 2 * self.tile.kv_tile * self.head_dim * 2
@@ -106,8 +118,9 @@ class KernelConfig:
                 "FT_TOKEN_WARPS": self.tile.token_warps,
                 "FT_WARP_TOKENS": self.tile.warp_tokens,
                 "FT_STAGES": self.tile.stages,
-                "FT_SHARED_BYTES": self.shared_bytes,
             }
+        if self.shared_bytes:
+            options["FT_SHARED_BYTES"] = self.shared_bytes
         return options
 
 
@@ -158,6 +171,7 @@ def all_configs(compute_capability: int) -> list[KernelConfig]:
         configs += [KernelConfig(name, dtype, head_dim) for name in ("stage1_plain", "stage2")]
         if compute_capability >= MMA_COMPUTE_CAPABILITY:
             configs += [KernelConfig("stage1_mma", dtype, head_dim, tile) for tile in tiles(head_dim)]
+            configs.append(KernelConfig("tree_decode", dtype, head_dim))
     return configs
 
 

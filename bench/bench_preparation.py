@@ -1,0 +1,200 @@
+"""Time and memory of planning, from 10 to 1,000,000 nodes. Needs no GPU.
+
+::
+
+    python -m bench.bench_preparation --output bench/results/preparation.json
+
+Two kinds of trees: ``random``, each node under any earlier one, and ``levels``, four children a node. Three ways to
+plan them: from arrays (`KVTree` is built and checked, then planned), from `KVTreeNode` objects, and by the tests'
+oracle, a plain-Python planner, as far as it gets. Uploading the plan to a GPU is not part of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench import machine, results
+from bench.names import megabytes
+from fasttree_cupy import FastTreeParams, KVTree, preset
+from fasttree_cupy.planning.greedy import plan
+from fasttree_cupy.tree import as_tree
+
+__all__ = ["main"]
+
+NUM_QO_HEADS, NUM_KV_HEADS = 32, 8
+GPU_PRESET = "H100"
+CHILDREN = 4
+MOST_TOKENS = 64
+ORACLE_SECONDS = 2.0
+"""The oracle is not tried on a tree larger than the first on which it takes longer than this."""
+REPEAT_SECONDS = 1.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    args = parse_args(arguments)
+    document: dict[str, Any] = {"machine": machine.describe("bench.bench_preparation", arguments), "cases": []}
+    started = time.monotonic()
+    print(
+        f"{'tree':<8}{'nodes':>10}{'requests':>10}{'vnodes':>10}{'arrays':>12}{'nodes':>12}{'oracle':>12}{'peak':>11}"
+    )
+    for row in measured(args.most_nodes):
+        document["cases"].append(row)
+        print(line(row), flush=True)
+        if args.output is not None:
+            results.save(args.output, document)
+        if args.limit_seconds is not None and time.monotonic() - started > args.limit_seconds:
+            print(f"stopped after {args.limit_seconds:g} s")
+            break
+    return 0
+
+
+def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="bench_preparation", description="Time and memory of planning, without GPU.")
+    parser.add_argument("--most-nodes", type=int, default=1_000_000, help="size of the largest tree")
+    parser.add_argument("--limit-seconds", type=float, help="start no further tree after this time")
+    parser.add_argument("--output", type=Path, metavar="JSON", help="written after every tree")
+    return parser.parse_args(arguments)
+
+
+def measured(most_nodes: int) -> Iterator[dict[str, Any]]:
+    """One row a tree, the smallest first."""
+    oracles = {kind: plain_python_planner() for kind in TREES}
+    make_plan(TREES["levels"](10))  # compiles
+    for size in sizes(most_nodes):
+        for kind, make_tree in TREES.items():
+            tree = make_tree(size)
+            row, oracle = measure(kind, tree), oracles[kind]
+            if oracle is not None:
+                row["oracle_ms"] = median_ms(lambda: oracle(tree), most=1)  # noqa: B023  # called at once
+                if row["oracle_ms"] > 1000 * ORACLE_SECONDS:
+                    oracles[kind] = None
+            yield row
+
+
+def sizes(most: int) -> list[int]:
+    """10, 30, 100, ... up to `most`."""
+    steps = [10**exponent * factor for exponent in range(1, 10) for factor in (1, 3)]
+    return [size for size in steps if size <= most]
+
+
+def random_tree(size: int) -> KVTree:
+    """Each node under any earlier one; 1 to 64 tokens a node."""
+    rng = np.random.default_rng(size)
+    parent = np.concatenate([[-1], rng.integers(0, np.arange(1, size))])
+    return KVTree(parent, rng.integers(1, MOST_TOKENS + 1, size))
+
+
+def level_tree(size: int) -> KVTree:
+    """Four children a node, the last level cut off at `size` nodes; 1 to 64 tokens a node."""
+    parent = (np.arange(size) - 1) // CHILDREN
+    return KVTree(parent, np.random.default_rng(size).integers(1, MOST_TOKENS + 1, size))
+
+
+TREES = {"random": random_tree, "levels": level_tree}
+
+
+def settings() -> dict[str, Any]:
+    """The arguments of ``plan`` after the tree: the preset's."""
+    sizes, params = preset(GPU_PRESET), FastTreeParams.for_gpu(GPU_PRESET, NUM_QO_HEADS // NUM_KV_HEADS)
+    return {
+        "kv_split_sizes": list(sizes.kv_split_sizes),
+        "para_threshs1": list(sizes.para_threshs1),
+        "para_threshs2": list(sizes.para_threshs2),
+        "num_kv_heads": NUM_KV_HEADS,
+        "alpha": params.alpha,
+        "beta": params.beta,
+        "gamma": params.gamma,
+        "TSQs": params.TSQs,
+        "TSKs": params.TSKs,
+        "kv_group_num": params.kv_group_num,
+    }
+
+
+def make_plan(tree: KVTree) -> Any:
+    """Our plan of a tree."""
+    return plan(tree, **settings())
+
+
+def plain_python_planner() -> Callable[[KVTree], Any] | None:
+    """The tests' oracle; None where the tests or pytest are not there."""
+    try:
+        from tests.test_planning import Oracle, Settings
+    except ImportError as error:
+        print(f"no oracle: {error}")
+        return None
+    return lambda tree: Oracle(tree, Settings(**settings())).run()
+
+
+def measure(kind: str, tree: KVTree) -> dict[str, Any]:
+    """Time and memory of planning one tree."""
+    parent, seqlen, request_node = np.array(tree.parent), np.array(tree.seqlen), np.array(tree.request_node)
+
+    def from_arrays() -> Any:
+        return make_plan(KVTree(parent, seqlen, request_node))
+
+    made, peak_bytes = peak_memory(from_arrays)
+    nodes = tree.to_nodes()
+    return {
+        "kind": kind,
+        "nodes": tree.num_nodes,
+        "requests": tree.batch_size,
+        "unique_tokens": tree.unique_tokens,
+        "vnodes": sum(made.phase_node_nums),
+        "plan_bytes": sum(array.nbytes for array in made[:9]),
+        "peak_bytes": peak_bytes,
+        "arrays_ms": median_ms(from_arrays),
+        "nodes_ms": median_ms(lambda: make_plan(as_tree(nodes))),
+    }
+
+
+def median_ms(call: Callable[[], Any], most: int = 15) -> float:
+    """Median time of up to `most` calls, fewer of a slow one."""
+    times: list[float] = []
+    while len(times) < most and sum(times) < 1000 * REPEAT_SECONDS:
+        start = time.perf_counter()
+        call()
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def peak_memory(call: Callable[[], Any]) -> tuple[Any, int | None]:
+    """What a call returns, and how much the process grew meanwhile at most; None where Linux does not tell.
+
+    ``tracemalloc`` does not see what compiled code allocates.
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
+        before = _status_bytes("VmRSS")
+        result = call()
+        return result, max(0, _status_bytes("VmHWM") - before)
+    except OSError:
+        return call(), None
+
+
+def _status_bytes(field: str) -> int:
+    text = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(next(line.split()[1] for line in text.splitlines() if line.startswith(field + ":")))
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the printed table."""
+    times = [row.get(f"{name}_ms", math.nan) for name in ("arrays", "nodes", "oracle")]
+    columns = "".join(f"{'-' if math.isnan(ms) else f'{ms:.2f} ms':>12}" for ms in times)
+    peak = megabytes(row["peak_bytes"])
+    return f"{row['kind']:<8}{row['nodes']:>10}{row['requests']:>10}{row['vnodes']:>10}{columns}{peak:>11}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

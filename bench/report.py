@@ -1,0 +1,237 @@
+"""Turn result files into README's tables and the figures.
+
+::
+
+    python -m bench.report bench/results/decode_h200.json bench/results/preparation.json \\
+        --markdown README.md --figures docs/figures
+
+The tables go between the lines ``<!-- bench:begin -->`` and ``<!-- bench:end -->`` of the Markdown file, or to stdout.
+Figures need matplotlib, which ``pip install -e .[bench]`` brings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import results
+from bench.names import display_name, megabytes
+from bench.results import amortised_us, best_variant, median_us
+from bench.summary import (
+    DECODES_PER_PLAN,
+    against,
+    against_best,
+    best_peer,
+    best_time,
+    floor_share,
+    full_name,
+    geometric_mean,
+    own_names,
+    peer_names,
+)
+
+__all__ = ["decode_tables", "main", "planning_table", "put_between_markers"]
+
+Row = dict[str, Any]
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the report; returns the exit status."""
+    args = parse_args(sys.argv[1:] if arguments is None else arguments)
+    documents = [results.load(path) for path in args.results]
+    if any(not document["cases"] for document in documents):
+        print("a results file holds no cases", file=sys.stderr)
+        return 2
+    blocks: list[str] = []
+    for document in documents:
+        blocks += planning_table(document) if is_planning(document) else decode_tables(document, args.own, args.full)
+        if args.figures is not None:
+            paths = write_figures(document, args.own, args.figures)
+            folder = args.markdown.parent if args.markdown is not None else Path()
+            blocks += [f"![{path.stem}]({Path(os.path.relpath(path, folder)).as_posix()})" for path in paths]
+    text = "\n\n".join(blocks)
+    if args.markdown is None:
+        print(text)
+    else:
+        put_between_markers(args.markdown, text)
+    return 0
+
+
+def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="report", description="Turn result files into tables and figures.")
+    parser.add_argument("results", nargs="+", type=Path, help="of bench_decode and bench_preparation")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="put the tables between its markers")
+    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="draw the figures as SVG")
+    parser.add_argument("--own", help="which of our contestants; default: the fastest")
+    parser.add_argument("--full", action="store_true", help="a row for every case as well")
+    return parser.parse_args(arguments)
+
+
+def is_planning(document: dict[str, Any]) -> bool:
+    """Whether a results file is of ``bench_preparation``."""
+    return "contestants" not in document
+
+
+def put_between_markers(path: Path, text: str) -> None:
+    """Replace what stands between the markers of a Markdown file.
+
+    Raises
+    ------
+    ValueError
+        If the file does not have the two markers, in order, once each.
+    """
+    old = path.read_text(encoding="utf-8")
+    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
+        raise ValueError(f"{path}: expected one {BEGIN} and one {END} after it")
+    before, rest = old.split(BEGIN)
+    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8", newline="\n")
+
+
+def fastest_own(document: dict[str, Any]) -> str:
+    """Our contestant with the largest share of the floor."""
+
+    def share(own: str) -> float:
+        times = [(row, median_us(row, own)) for row in document["cases"]]
+        mean = geometric_mean(floor_share(row, time) for row, time in times if time is not None)
+        return mean if mean == mean else 0.0
+
+    return max(own_names(document), key=share)
+
+
+def decode_tables(document: dict[str, Any], own: str | None = None, full: bool = False) -> list[str]:
+    """Blocks of Markdown on decoding: where it ran, a row a head layout, and the cases that we lose."""
+    own, peers, rows = own or fastest_own(document), peer_names(document), document["cases"]
+    header = ["trees", "heads", "cases", *(display_name(peer, document) for peer in peers)]
+    header += ["best peer of each case", "worst case", "share of the floor", "best peer's share", "a peer is faster in"]
+    layouts = dict.fromkeys((row["suite"], row["num_qo_heads"], row["num_kv_heads"]) for row in rows)
+    body = [
+        _layout_row(key, [r for r in rows if (r["suite"], r["num_qo_heads"], r["num_kv_heads"]) == key], own, peers)
+        for key in layouts
+    ]
+    blocks = [
+        _provenance(document, own),
+        _table(header, body),
+        _planning_cost(document, own),
+        _losses(rows, own, peers),
+    ]
+    return [block for block in [*blocks, *([_every_case(document, own, peers)] if full else [])] if block]
+
+
+def _layout_row(key: tuple[str, int, int], rows: list[Row], own: str, peers: list[str]) -> list[str]:
+    speedups = [against(rows, own, peer) for peer in peers]
+    best = against_best(rows, own, peers)
+    return [
+        key[0],
+        f"{key[1]}/{key[2]}",
+        str(len(rows)),
+        *(f"{s.mean:.2f}x" if s.ratios else "-" for s in speedups),
+        f"**{best.mean:.2f}x**" if best.ratios else "-",
+        f"{best.worst[0]:.2f}x" if best.ratios else "-",
+        f"{geometric_mean(floor_share(r, t) for r in rows if (t := median_us(r, own)) is not None):.2f}",
+        f"{geometric_mean(floor_share(r, t) for r in rows if (t := best_time(r, peers)) is not None):.2f}",
+        f"{len(best.lost)} of {len(best.ratios)}",
+    ]
+
+
+def _provenance(document: dict[str, Any], own: str) -> str:
+    about = document["machine"]
+    first = document["cases"][0]
+    variants = {name for row in document["cases"] for name in row["results"].get(own, {}).get("variants", {})}
+    better = f" Of our {len(variants)} tile settings, the better counts." if len(variants) > 1 else ""
+    return (
+        f"Speed of `{own}` over each peer, geometric means; {first['dtype']}, head_dim {first['head_dim']}. "
+        f"{about['gpu']} (reads {about['bandwidth'] / 1e12:.2f} TB/s, {about['matrix_rate'] / 1e12:.0f} TFLOP/s in "
+        f"float16), commit {(about['commit'] or 'unknown')[:10]}, {about['date']}. Medians with a cold L2; every "
+        f"output was checked against float64 before it was timed.{better}"
+    )
+
+
+def _planning_cost(document: dict[str, Any], own: str) -> str:
+    """One sentence: what planning adds to a decode when several share it."""
+    variants = [found for row in document["cases"] if (found := best_variant(row, own)) and found["plan_ms"]]
+    if not variants:
+        return ""
+    parts = []
+    for decodes in DECODES_PER_PLAN:
+        ratio = geometric_mean(amortised_us(found, decodes) / found["median_us"] for found in variants)
+        parts.append(f"{ratio:.2f} times as long with {decodes:,}")
+    plans = [found["plan_ms"] for found in variants]
+    return (
+        f"Planning a tree takes {min(plans):.2f} to {max(plans):.2f} ms, upload included, and serves any number of "
+        f"decodes; its share included, a decode takes {', '.join(parts)} decodes a plan."
+    )
+
+
+def _losses(rows: list[Row], own: str, peers: list[str]) -> str:
+    lost = against_best(rows, own, peers).lost
+    if not lost:
+        return ""
+    lines = []
+    for ratio, row in lost:
+        name, time = best_peer(row, peers) or ("", 0.0)
+        lines.append(f"- {full_name(row)}: {median_us(row, own):.1f} us, {name} {time:.1f} us ({ratio:.2f}x)")
+    return "\n".join(
+        [f"<details><summary>The {len(lost)} cases in which a peer is faster</summary>", "", *lines, "", "</details>"]
+    )
+
+
+def _every_case(document: dict[str, Any], own: str, peers: list[str]) -> str:
+    header = ["case", "floor us", f"{own} us", *(f"{display_name(peer, document)} us" for peer in peers), "speed"]
+    body = []
+    for row in document["cases"]:
+        times = [median_us(row, name) for name in (own, *peers)]
+        best, mine = best_time(row, peers), median_us(row, own)
+        speed = "-" if best is None or mine is None else f"{best / mine:.2f}x"
+        body.append(
+            [full_name(row), f"{row['floor_us']:.1f}", *("-" if t is None else f"{t:.1f}" for t in times), speed]
+        )
+    return _table(header, body)
+
+
+def planning_table(document: dict[str, Any]) -> list[str]:
+    """Blocks of Markdown on planning: a row a power of ten of nodes."""
+    header = ["tree", "nodes", "requests", "vnodes", "from arrays", "from node objects", "plain Python", "peak memory"]
+    body = []
+    for row in document["cases"]:
+        if 10 ** (len(str(row["nodes"])) - 1) != row["nodes"]:
+            continue
+        memory = megabytes(row["peak_bytes"])
+        oracle = f"{row['oracle_ms']:.1f} ms" if "oracle_ms" in row else "-"
+        counts = [f"{row[name]:,}" for name in ("nodes", "requests", "vnodes")]
+        body.append([row["kind"], *counts, f"{row['arrays_ms']:.2f} ms", f"{row['nodes_ms']:.2f} ms", oracle, memory])
+    return [f"Planning time on one core ({document['machine']['processor']}), medians.", _table(header, body)]
+
+
+def _table(header: list[str], body: list[list[str]]) -> str:
+    rule = ["---"] * len(header)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *body))
+
+
+def write_figures(document: dict[str, Any], own: str | None, folder: Path) -> list[Path]:
+    """Draw the figures of a results file; returns their paths."""
+    from bench import figures  # matplotlib is needed only here
+
+    if is_planning(document):
+        drawn = {"planning": figures.planning_figure(document)}
+    else:
+        own = own or fastest_own(document)
+        drawn = {}
+        for suite in dict.fromkeys(row["suite"] for row in document["cases"]):
+            drawn[f"speed_{suite}"] = figures.speed_figure(document, suite, own)
+            drawn[f"floor_{suite}"] = figures.floor_figure(document, suite, own)
+    paths = []
+    for name, figure in drawn.items():
+        paths.append(folder / f"{name}.svg")
+        figures.save_figure(figure, paths[-1])
+    return paths
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+// The schedule that DecodePlan hands to tree_decode.cu: items, and the runs of tokens that each attends to.
+#pragma once
+#include "types.cuh"
+
+// A run of consecutive rows of K and V, and which rows of its item may see it. Ranges are half-open.
+struct alignas(16) Segment {
+    int kv_begin;
+    int kv_len;  // positive
+    int row_begin;
+    int row_end;
+};
+
+// One block's work for one KV head: the query rows of consecutive requests (in plan order) against lists of segments.
+// A row is one query head of one request: row = request in item * group + head in group. Row warp w holds the rows
+// [16 w, 16 w + 16). Mirrored by ITEM_FIELDS in fasttree_cupy/planning/subtree.py.
+struct Item {
+    int first_position;  // first request, an index into request_order
+    int num_requests;
+    int partial;         // first row of mid_o, in requests; -1: the item writes o
+    int row_warps;       // 1, 2 or 4
+    // Segments [segments[0], segments[1]) are gathered by all row warps together; [segments[1 + w], segments[2 + w])
+    // are row warp w's own. Unused bounds repeat the last.
+    int segments[6];
+};
+static_assert(sizeof(Item) == 40, "as ITEM_FIELDS in subtree.py");
+
+// Mirrored field by field in fasttree_cupy/execution/cuda.py. Strides count elements; the last axis is contiguous.
+struct TreeDecodeParams {
+    const u16* q;               // [batch, qo_heads, head_dim]
+    const u16* k;               // [tokens, kv_heads, head_dim]
+    const u16* v;               // [tokens, kv_heads, head_dim]
+    u16* o;                     // [batch, qo_heads, head_dim]
+    float* mid_o;               // [partials, qo_heads, head_dim], contiguous: normalised partial outputs
+    float* mid_lse;             // [partials, qo_heads], contiguous: natural log
+    const Item* items;          // [items], the longest first
+    const Segment* segments;    // [segments]
+    const int* request_order;   // [batch]: requests in plan order
+    i64 q_stride_request, q_stride_head;
+    i64 k_stride_token, k_stride_head;
+    i64 v_stride_token, v_stride_head;
+    i64 o_stride_request, o_stride_head;
+    int kv_heads;
+    int group;                  // query heads a KV head
+    float sm_scale;
+    float logit_cap;            // <= 0: none
+    int o_aligned;              // rows of o start at multiples of 16 bytes
+    int padding;
+};
+static_assert(sizeof(TreeDecodeParams) == 160, "as TREE_DECODE_PARAMS in cuda.py");

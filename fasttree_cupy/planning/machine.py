@@ -1,0 +1,42 @@
+"""Constants of a GPU that the cost model of ``subtree`` weighs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["H200", "Machine"]
+
+
+class Machine(NamedTuple):
+    """What a plan's time depends on.
+
+    Attributes
+    ----------
+    multiprocessors : float
+        Multiprocessors of the GPU.
+    hbm : float
+        Bytes that device memory delivers in a microsecond.
+    l2 : float
+        Bytes that the L2 cache delivers in a microsecond.
+    step_busy : float
+        Microseconds that a multiprocessor spends on one step of one warp (16 rows, 16 tokens, head_dim 128) when it
+        has enough warps.
+    step_latency : float
+        Microseconds from one step of a warp to its next when the multiprocessor is otherwise idle.
+    start : float
+        Microseconds of a launch and of filling the first pipeline.
+    merge : float
+        Microseconds that launching the merge adds.
+    """
+
+    multiprocessors: float
+    hbm: float
+    l2: float
+    step_busy: float
+    step_latency: float
+    start: float
+    merge: float
+
+
+H200 = Machine(132, 4.5e6, 7.0e6, 0.075, 0.5, 6.0, 3.0)
+"""Measured on an H200 (bench/NOTES.md)."""
