@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import machine, results
+from bench import machine, records
 from bench.contestants import OWN, Contestant
 from bench.device import Device, Gpu
 from bench.floor import Rates
@@ -123,8 +123,8 @@ def run(
     started = time.monotonic()
     document, present = start_document(args, contestants, about)
     figures = published_figures(args.published, about)
-    done = {results.key(row) for row in document["cases"]}
-    todo = [case for case in args.cases if results.key(case) not in done]
+    done = {records.key(row) for row in document["cases"]}
+    todo = [case for case in args.cases if records.key(case) not in done]
     for number, case in enumerate(todo):
         case_started = time.monotonic()
         if args.limit_seconds is not None and case_started - started > args.limit_seconds:
@@ -133,9 +133,9 @@ def run(
         row = measure_case(case, present, device, rates, args.repeats, args.check_requests)
         device.release()
         document["cases"].append(row | {"commit": about["commit"]})
-        results.add_published([document["cases"][-1]], figures)
+        records.add_published([document["cases"][-1]], figures)
         if args.output is not None:
-            results.save(args.output, document)
+            records.save(args.output, document)
         place = f"[{len(args.cases) - len(todo) + number + 1}/{len(args.cases)}]"
         print(f"{place} {progress(document)} | {time.monotonic() - case_started:.1f} s", flush=True)
     print("\n".join(summary(document)))
@@ -154,13 +154,13 @@ def start_document(
             print(f"absent: {name}: {problem}")
     document: dict[str, Any] = {"machine": about, "contestants": entries, "cases": []}
     if args.resume and args.output.exists():
-        old = results.load(args.output)
+        old = records.load(args.output)
         if old["machine"]["gpu"] != about["gpu"]:
             raise SystemExit(f"{args.output} holds results of {old['machine']['gpu']}, this is {about['gpu']}")
-        wanted, names = {results.key(case) for case in args.cases}, [contestant.name for contestant in present]
+        wanted, names = {records.key(case) for case in args.cases}, [contestant.name for contestant in present]
         document["contestants"] = old["contestants"] | entries
         document["cases"] = [
-            row for row in old["cases"] if results.key(row) not in wanted or results.is_complete(row, names)
+            row for row in old["cases"] if records.key(row) not in wanted or records.is_complete(row, names)
         ]
     return document, present
 
@@ -183,7 +183,7 @@ def progress(document: dict[str, Any]) -> str:
     parts = [f"{row['suite']}: {row['name']}:"]
     best = best_peer(row, peer_names(document))
     for own in own_names(document):
-        time_us = results.median_us(row, own)
+        time_us = records.median_us(row, own)
         if time_us is None:
             parts.append(f"{own} not timed,")
             continue

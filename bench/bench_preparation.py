@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from bench import machine, results
+from bench import machine, records
 from bench.names import megabytes
 from fasttree_cupy import FastTreeParams, KVTree, preset
 from fasttree_cupy.planning.greedy import plan
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         document["cases"].append(row)
         print(line(row), flush=True)
         if args.output is not None:
-            results.save(args.output, document)
+            records.save(args.output, document)
         if args.limit_seconds is not None and time.monotonic() - started > args.limit_seconds:
             print(f"stopped after {args.limit_seconds:g} s")
             break

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from bench.names import display_name
-from bench.results import median_us
+from bench.records import median_us
 from bench.summary import against_best, best_peer, best_time, floor_share, geometric_mean, peer_names
 
 __all__ = ["floor_figure", "planning_figure", "save_figure", "speed_figure"]
@@ -55,7 +55,7 @@ def speed_figure(document: dict[str, Any], suite: str, own: str) -> Figure:
     title = (
         f"{suite}: {name} is {speedups.mean:.2f} times as fast as the best peer of each case (geometric mean), "
         f"and ahead of it in {won} of {len(speedups.ratios)}.\n"
-        f"What is slower than {SLOWEST_SHOWN:g} stands at the left edge."
+        f"Trees: nodes a level above tokens of each. At the left edge: slower than {SLOWEST_SHOWN:g}."
     )
 
     def speed(contestant: str) -> Callable[[Row], float | None]:
@@ -98,7 +98,7 @@ def floor_figure(document: dict[str, Any], suite: str, own: str) -> Figure:
     means = [geometric_mean(x for row in rows if (x := share(row)) is not None) for share in (own_share, peer_share)]
     name = display_name(own, document)
     title = f"{suite}: {name} reaches {means[0]:.2f} of the floor, the best peer of each case {means[1]:.2f}.\n"
-    title += "The floor is the least time that this GPU's bandwidth and matrix rate allow."
+    title += "Trees: nodes a level above tokens of each. Floor: what bandwidth and matrix rate allow."
     series: list[Series] = [("best peer", BEST_PEER, peer_share), (name, OURS, own_share)]
     figure, axes = _tree_panels(rows, series, title, "share of the floor")
     for axis in axes:
@@ -166,7 +166,7 @@ def _tree_panels(rows: list[Row], series: list[Series], title: str, unit: str) -
     trees = list(dict.fromkeys(row["tree"] for row in rows))
     layouts = list(dict.fromkeys((row["num_qo_heads"], row["num_kv_heads"]) for row in rows))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(2.4 + 2.1 * len(layouts), 1.6 + 0.33 * len(trees)), layout="constrained")
+        figure = Figure(figsize=(2.4 + 2.1 * max(2, len(layouts)), 1.9 + 0.33 * len(trees)), layout="constrained")
         axes = list(figure.subplots(1, len(layouts), sharey=True, squeeze=False)[0])
         for axis, (q, kv) in zip(axes, layouts, strict=True):
             shown = [row for row in rows if (row["num_qo_heads"], row["num_kv_heads"]) == (q, kv)]
@@ -182,7 +182,6 @@ def _tree_panels(rows: list[Row], series: list[Series], title: str, unit: str) -
             axis.tick_params(axis="y", length=0)
         axes[0].set_yticks(range(len(trees)), [tree.replace(" x ", "\n") for tree in trees], fontsize=6)
         axes[0].set_ylim(len(trees) - 0.4, -0.6)
-        axes[0].set_ylabel("tree: nodes a level, tokens of each node")
         width = int(13 * figure.get_figwidth())  # characters of this font size
         lines = [textwrap.fill(line, width) for line in title.split("\n")]
         figure.suptitle("\n".join(lines), fontsize=9, x=0.01, ha="left")

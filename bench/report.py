@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import results
+from bench import records
 from bench.names import display_name, megabytes
-from bench.results import amortised_us, best_variant, median_us
+from bench.records import amortised_us, best_variant, median_us
 from bench.summary import (
     DECODES_PER_PLAN,
     against,
@@ -44,7 +44,7 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report; returns the exit status."""
     args = parse_args(sys.argv[1:] if arguments is None else arguments)
-    documents = [results.load(path) for path in args.results]
+    documents = [records.load(path) for path in args.results]
     if any(not document["cases"] for document in documents):
         print("a results file holds no cases", file=sys.stderr)
         return 2

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from bench.results import amortised_us, best_variant, median_us
+from bench.records import amortised_us, best_variant, median_us
 
 __all__ = [
     "Speedups",

@@ -22,7 +22,7 @@ constexpr int kTileBytes = kKvTile * kHeadDim * 2;
 constexpr int kStageBytes = 2 * kTileBytes;  // K, then V
 
 static_assert(kWarpTokens % 16 == 0, "the second product takes 16 tokens at a time");
-static_assert(kRowWarps == 1 || kTokenWarps == 1 || kKvTile % kWarps == 0, "warps share the copying evenly");
+static_assert(kKvTile / kWarps % 8 == 0, "warps share the copying evenly, in whole swizzle patterns");
 static_assert(kStages >= 2, "one tile is worked on while others arrive");
 static_assert(kTokenWarps == 1 || kTokenWarps * kRows * kHeadDim * 4 <= kStages * kStageBytes,
               "the merge reuses the tiles' shared memory");
@@ -145,16 +145,17 @@ __device__ __forceinline__ void attend_block(const VnodeView& vnode, int first_r
     // never waits for its own addresses.
     constexpr int kWarpRows = kKvTile / kWarps;
     const int copy_row = threadIdx.x / kWarpSize * kWarpRows;
-    WarpGather<kWarpRows, kHeadDim> gather;
+    using Gather = WarpGather<kWarpRows, kHeadDim>;
+    int entry;  // lane i's: row i of the warp's share; -1 past the end
     const auto fetch = [&](int tile) {
-        const int first = tile * kKvTile + copy_row;
-        gather.fetch(entries + first, vnode.kv_len - first, lane);
+        const int token = tile * kKvTile + copy_row + lane;
+        entry = lane < kWarpRows && token < vnode.kv_len ? entries[token] : -1;
     };
     const auto start_copy = [&](int tile) {
         if (tile < tiles) {
-            const u32 stage = ring + tile % kStages * kStageBytes;
-            gather.copy(stage, copy_row, k, vnode.p.k_stride_token, lane);
-            gather.copy(stage + kTileBytes, copy_row, v, vnode.p.v_stride_token, lane);
+            const u32 share = ring + tile % kStages * kStageBytes + copy_row * Layout::kRowBytes;
+            Gather::copy_entries(share, k, int(vnode.p.k_stride_token), entry, lane);
+            Gather::copy_entries(share + kTileBytes, v, int(vnode.p.v_stride_token), entry, lane);
         }
         commit_copies();  // an empty group too: wait_copies counts groups
         fetch(tile + 1);
@@ -193,7 +194,7 @@ __device__ __forceinline__ void attend_block(const VnodeView& vnode, int first_r
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, min_blocks(kThreads)) stage1_mma(const __grid_constant__ Stage1Params p) {
-    extern __shared__ __align__(128) unsigned char shared[];
+    extern __shared__ __align__(1024) unsigned char shared[];
     const VnodeView vnode(p, p.first_vnode + blockIdx.x, blockIdx.y);
     for (int row = blockIdx.z * kRows; row < vnode.num_rows; row += gridDim.z * kRows) {
         attend_block(vnode, row, shared);

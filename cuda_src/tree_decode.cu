@@ -6,9 +6,13 @@
 #include "plan.cuh"
 #include "warp_rows.cuh"
 
+#if !defined(FT_STAGES)
+#error "FT_STAGES is given by kernels.py"
+#endif
+
 constexpr int kWarps = kHeadDim <= 128 ? 4 : 2;  // as tree_decode's threads in kernels.py
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kStages = 2;
+constexpr int kStages = FT_STAGES;
 constexpr int kWarpTokens = 16;  // tokens that a warp gathers at a time
 constexpr int kWarpTileBytes = kWarpTokens * kHeadDim * 2;
 constexpr int kWarpStageBytes = 2 * kWarpTileBytes;  // K and V
@@ -67,31 +71,27 @@ struct TileCursor {
 struct Operands {
     const u16* k;
     const u16* v;
-    i64 k_stride, v_stride;
+    int k_stride, v_stride;
     ScoreScale to_score;
 
     __device__ __forceinline__ Operands(const TreeDecodeParams& p, int kv_head)
-        : k(p.k + kv_head * p.k_stride_head), v(p.v + kv_head * p.v_stride_head), k_stride(p.k_stride_token),
-          v_stride(p.v_stride_token), to_score{p.sm_scale, p.logit_cap} {}
+        : k(p.k + kv_head * p.k_stride_head), v(p.v + kv_head * p.v_stride_head), k_stride(int(p.k_stride_token)),
+          v_stride(int(p.v_stride_token)), to_score{p.sm_scale, p.logit_cap} {}
 
-    // Starts the copy of the warp's 16 rows of a tile, whose K and V lie at the given shared addresses.
-    __device__ __forceinline__ void gather(const TileCursor& cursor, u32 k_tile, u32 v_tile, int first, int lane) const {
-        constexpr int kRowsPerPass = kWarpSize / kChunks;
-        constexpr int kPasses = ceil_div(kWarpTokens, kRowsPerPass);
-        const int chunk = lane % kChunks;
+    // Starts the copy of the warp's share of a tile: 16 tokens from token `first` of the tile on.
+    __device__ __forceinline__ void gather(const TileCursor& cursor, u32 k_share, u32 v_share, int first, int lane) const {
+        using Gather = WarpGather<kWarpTokens, kHeadDim>;
         const int count = cursor.segment.kv_len - cursor.offset - first;
-        const i64 token = cursor.segment.kv_begin + cursor.offset + first + lane / kChunks;
-        const u16* from_k = k + token * k_stride + chunk * 8;
-        const u16* from_v = v + token * v_stride + chunk * 8;
-#pragma unroll
-        for (int pass = 0; pass < kPasses; ++pass) {
-            const int row = pass * kRowsPerPass + lane / kChunks;
-            const bool valid = row < count;
-            const u32 offset = tile_offset<kHeadDim>(first + row, chunk);
-            copy_async_16(k_tile + offset, valid ? from_k + pass * kRowsPerPass * k_stride : k, valid);
-            copy_async_16(v_tile + offset, valid ? from_v + pass * kRowsPerPass * v_stride : v, valid);
-        }
+        const i64 token = cursor.segment.kv_begin + cursor.offset + first;
+        Gather::copy_run(k_share, k + token * k_stride, k_stride, count, lane);
+        Gather::copy_run(v_share, v + token * v_stride, v_stride, count, lane);
     }
+};
+
+// What of a tile is needed once it has arrived.
+struct PendingTile {
+    int tokens;  // 0: none
+    int row_begin, row_end;
 };
 
 // Attends to a list of segments. kShared: all row warps of the group gather tiles together, 16 tokens each; else the
@@ -107,42 +107,50 @@ __device__ __forceinline__ void attend_list(WarpRows& rows, const Operands& oper
     const auto sync = [&] { kShared ? role.sync_group() : __syncwarp(); };
 
     TileCursor ahead(begin, end, sharers * kWarpTokens, role.group, role.groups);
-    TileCursor current = ahead;
+    PendingTile pending[kStages - 1];
     int load_stage = 0;
+    // Starts the next copy, and moves up the tiles under way.
     const auto start_copy = [&] {
+#pragma unroll
+        for (int i = 0; i < kStages - 2; ++i) pending[i] = pending[i + 1];
+        PendingTile& newest = pending[kStages - 2];
+        newest.tokens = 0;
         if (ahead.valid()) {
-            const u32 stage = base + load_stage * 2 * tile_bytes;
+            newest = {ahead.segment.kv_len - ahead.offset, ahead.segment.row_begin, ahead.segment.row_end};
+            const u32 stage = base + load_stage * 2 * tile_bytes + share * kWarpTileBytes;
             operands.gather(ahead, stage, stage + tile_bytes, share * kWarpTokens, role.lane);
             ahead.advance();
         }
         commit_copies();  // an empty group too: wait_copies counts groups
         load_stage = load_stage + 1 == kStages ? 0 : load_stage + 1;
     };
+#pragma unroll
     for (int i = 0; i < kStages - 1; ++i) start_copy();
 
     int stage_index = 0;
-    for (; current.valid(); current.advance()) {
+    while (pending[0].tokens > 0) {
+        const PendingTile tile = pending[0];
         wait_copies<kStages - 2>();
         sync();  // this tile has arrived, and nobody still reads the one that the next copy overwrites
         start_copy();
         const u32 stage = base + stage_index * 2 * tile_bytes;
         stage_index = stage_index + 1 == kStages ? 0 : stage_index + 1;
-        const Segment& segment = current.segment;
-        if (segment.row_begin >= first_row + 16 || segment.row_end <= first_row) continue;
-        const int tokens = segment.kv_len - current.offset;
+        if (tile.row_begin >= first_row + 16 || tile.row_end <= first_row) continue;
         const int row = first_row + role.lane / 4;
-        const bool rows_hidden = segment.row_begin > first_row || segment.row_end < first_row + 16;
-        Visible visible{tokens,
-                        {row >= segment.row_begin && row < segment.row_end,
-                         row + 8 >= segment.row_begin && row + 8 < segment.row_end},
-                        rows_hidden || tokens < sharers * kWarpTokens};
+        Visible visible{tile.tokens,
+                        {row >= tile.row_begin && row < tile.row_end,
+                         row + 8 >= tile.row_begin && row + 8 < tile.row_end},
+                        tile.row_begin > first_row || tile.row_end < first_row + 16};
         if constexpr (kShared) {
+            const bool rows_hidden = visible.partly;
             for (int first = 0; first < sharers * kWarpTokens && visible.tokens > 0; first += 32) {
+                visible.partly = rows_hidden || visible.tokens < 32;
                 rows.attend<32>(stage, stage + tile_bytes, first, visible, operands.to_score, role.lane);
                 visible.tokens -= 32;
             }
         } else {
-            rows.attend<16>(stage, stage + tile_bytes, 0, visible, operands.to_score, role.lane);
+            visible.partly |= visible.tokens < kWarpTokens;
+            rows.attend<kWarpTokens>(stage, stage + tile_bytes, 0, visible, operands.to_score, role.lane);
         }
     }
     wait_copies<0>();
@@ -178,7 +186,7 @@ __device__ __forceinline__ void merge_states(WarpRows& rows, float (&lse)[2], Fl
     }
 }
 
-// Puts a warp's outputs into shared memory, [token group][row][head_dim]. Rotating the chunks of a row by its number
+// Puts a warp's outputs into shared memory, [token group][row][head_dim]. Permuting the chunks of a row by its number
 // keeps the eight rows of a store in different banks.
 __device__ __forceinline__ void stage_outputs(const WarpRows& rows, float* shared, const WarpRole& role) {
 #pragma unroll
@@ -187,7 +195,7 @@ __device__ __forceinline__ void stage_outputs(const WarpRows& rows, float* share
         float* to = shared + (role.group * role.row_warps * 16 + row) * kHeadDim + role.lane % 4 * 2;
 #pragma unroll
         for (int d = 0; d < 2 * kDimSteps; ++d) {
-            *reinterpret_cast<Float2*>(to + (d + row) % kChunks * 8) =
+            *reinterpret_cast<Float2*>(to + ((d ^ row) % kChunks) * 8) =
                 Float2{rows.o[d][half * 2], rows.o[d][half * 2 + 1]};
         }
     }
@@ -210,7 +218,7 @@ __device__ __forceinline__ void write_outputs(const float* shared, const TreeDec
         float sum[8] = {};
         for (int g = 0; g < role.groups; ++g) {
             const Float4* from = reinterpret_cast<const Float4*>(
-                shared + (g * role.row_warps * 16 + row) * kHeadDim + (chunk + row) % kChunks * 8);
+                shared + (g * role.row_warps * 16 + row) * kHeadDim + ((chunk ^ row) % kChunks) * 8);
 #pragma unroll
             for (int e = 0; e < 8; ++e) sum[e] += from[e / 4].value[e % 4];
         }
@@ -237,7 +245,7 @@ __device__ __forceinline__ void write_outputs(const float* shared, const TreeDec
 
 extern "C" __global__ void __launch_bounds__(kThreads, min_blocks(kThreads))
 tree_decode(const __grid_constant__ TreeDecodeParams p) {
-    extern __shared__ __align__(128) unsigned char shared[];
+    extern __shared__ __align__(1024) unsigned char shared[];
     const Item item = p.items[blockIdx.x / p.kv_heads];
     const int kv_head = blockIdx.x % p.kv_heads;
     const WarpRole role(item.row_warps);

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import bench_decode, results
+from bench import bench_decode, records
 from bench.check import Reference, sample_requests
 from bench.contestants import Contestant, Documented, Run, UnsuitedError
 from bench.floor import H200
@@ -83,7 +83,7 @@ def measure(contestants: list[Contestant], times_us: dict[str, float], *options:
     args = bench_decode.parse_args(list(options))
     assert args.output is not None
     status = bench_decode.run(args, contestants, FakeDevice(times_us), H200, ABOUT)
-    return status, results.load(args.output)
+    return status, records.load(args.output)
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_a_lost_gpu_ends_the_run(output: list[str], monkeypatch: pytest.MonkeyPa
         raise RuntimeError("illegal address")
 
     monkeypatch.setattr(FakeDevice, "synchronize", fail)
-    with pytest.raises(SystemExit, match="broken lost the GPU in 1,2,6 x 8,3,5 .* leave it out with --peers"):
+    with pytest.raises(SystemExit, match=r"broken lost the GPU in 1,2,6 x 8,3,5 .* leave it out with --peers"):
         measure([Dense("broken", fail)], {}, *ONE_CASE, *output)
 
 
@@ -196,7 +196,7 @@ def test_resume_refuses_the_results_of_another_gpu(output: list[str]) -> None:
     measure([ours()], {"ours": 10.0}, *ONE_CASE, *output)
     document = json.loads(Path(output[1]).read_text(encoding="utf-8"))
     document["machine"]["gpu"] = "Fake 2"
-    results.save(Path(output[1]), document)
+    records.save(Path(output[1]), document)
     with pytest.raises(SystemExit, match="holds results of Fake 2, this is Fake 1"):
         measure([ours()], {"ours": 10.0}, *ONE_CASE, *output, "--resume")
 
@@ -255,7 +255,7 @@ def test_suites_have_45_and_80_cases() -> None:
     cases = {name: suite(name) for name in SUITES}
     assert {name: len(found) for name, found in cases.items()} == {"fasttree15": 45, "pat20": 80}
     for found in cases.values():
-        assert len({results.key(case) for case in found}) == len(found)
+        assert len({records.key(case) for case in found}) == len(found)
 
 
 # suite, nodes, tokens, heads, batch, unique tokens, bytes and matrix floor in microseconds: rows of the published file.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench import bench_preparation, report, results
+from bench import bench_preparation, records, report
 from bench.workloads import Case
 
 
@@ -34,7 +34,7 @@ def decode_file(tmp_path: Path) -> Path:
     about = {"gpu": "Fake 1", "bandwidth": 1e12, "matrix_rate": 1e14, "commit": "0123456789abcdef", "date": "today"}
     contestants = {"fasttree_cupy": {"own": True, "problem": None}, "slow": {"own": False, "problem": None}}
     path = tmp_path / "decode.json"
-    results.save(path, {"machine": about, "contestants": contestants, "cases": cases})
+    records.save(path, {"machine": about, "contestants": contestants, "cases": cases})
     return path
 
 
@@ -73,7 +73,7 @@ def test_tables_go_between_the_markers(decode_file: Path, tmp_path: Path) -> Non
 
 
 def test_planning_rows(planning_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = results.load(planning_file)["cases"]
+    rows = records.load(planning_file)["cases"]
     assert [(r["kind"], r["nodes"]) for r in rows] == [
         (kind, nodes) for nodes in (10, 30, 100, 300) for kind in ("random", "levels")
     ]

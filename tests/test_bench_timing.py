@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from bench import timing
+from bench.device import PROBES
 
 
 class Stream:
@@ -80,3 +81,18 @@ def test_a_run_that_is_slow_to_queue_gets_a_longer_head_start(stream: Stream, mo
 def test_spread() -> None:
     spread = timing.summarise([float(us) for us in range(11)])
     assert spread == {"median_us": 5, "p10_us": 1, "p90_us": 9}
+
+
+@pytest.mark.parametrize("arch", ["sm_70", "sm_90"])
+def test_the_probes_compile(cupy: Any, arch: str) -> None:
+    nvrtc = cupy.cuda.nvrtc
+    try:
+        program = nvrtc.createProgram(PROBES.read_text(encoding="utf-8"), PROBES.name, [], [])
+    except RuntimeError as error:
+        pytest.skip(f"NVRTC is not there: {error}")
+    try:
+        nvrtc.compileProgram(program, [f"-arch={arch}"])
+    except nvrtc.NVRTCError:
+        pytest.fail(nvrtc.getProgramLog(program))
+    finally:
+        nvrtc.destroyProgram(program)

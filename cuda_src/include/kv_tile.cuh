@@ -2,6 +2,9 @@
 #pragma once
 #include "config.cuh"
 
+__device__ __forceinline__ void copy_async_16(u32 shared_address, const void* global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address), "l"(global) : "memory");
+}
 // 16 bytes from global to shared memory; zeros, and no read, where `valid` is false.
 __device__ __forceinline__ void copy_async_16(u32 shared_address, const void* global, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address), "l"(global),
@@ -14,44 +17,74 @@ __device__ __forceinline__ void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Where chunk `chunk` (16 bytes) of row `row` lies in a tile of rows of kDim 16-bit elements.
+// A tile of rows of kDim 16-bit elements, cut into chunks of 16 bytes. It starts at a multiple of its row's size.
 //
 // ldmatrix reads one chunk of eight consecutive rows at a time. Their bank is fixed by the chunk's index and, in rows
-// shorter than 128 bytes, by the row's place in a 128-byte line: exclusive-or spreads the eight over all banks.
+// shorter than 128 bytes, by the row's place in a 128-byte line: exclusive-or spreads the eight over all banks. It also
+// makes addresses cheap: what depends on the lane is one number, and a step to another chunk or row is an exclusive-or or
+// a sum with a constant.
 template <int kDim>
-__device__ __forceinline__ u32 tile_offset(int row, int chunk) {
-    constexpr int kChunks = kDim / 8;
-    constexpr int kRowsPerLine = max_of(1, 8 / kChunks);
-    constexpr int kMask = min_of(8, kChunks) - 1;
-    return u32(row * (kDim * 2) + ((chunk ^ ((row / kRowsPerLine) & kMask)) << 4));
-}
+struct TileLayout {
+    static constexpr int kRowBytes = kDim * 2;
+    static constexpr int kChunks = kDim / 8;
+    static constexpr int kRowsPerLine = max_of(1, 8 / kChunks);
+    static constexpr int kMask = min_of(8, kChunks) - 1;
 
-// The share of one warp in gathering a tile: kRows rows in a row. Lane i holds the entry of row i and hands it round, so
-// that a thread keeps one index, whatever the tile.
+    static __device__ constexpr u32 swizzle(int row) { return u32((row / kRowsPerLine) & kMask) << 4; }
+    static __device__ __forceinline__ u32 offset(int row, int chunk) {
+        return (u32(row * kRowBytes + (chunk << 4))) ^ swizzle(row);
+    }
+};
+
+// The share of one warp in gathering a tile: 32 / kChunks rows a pass, one chunk a lane.
 template <int kRows, int kDim>
 struct WarpGather {
-    static constexpr int kChunks = kDim / 8;
-    static constexpr int kRowsPerPass = kWarpSize / kChunks;
+    using Layout = TileLayout<kDim>;
+    static constexpr int kRowsPerPass = kWarpSize / Layout::kChunks;
     static constexpr int kPasses = ceil_div(kRows, kRowsPerPass);
-    static_assert(kChunks <= kWarpSize, "a warp copies at least one row a pass");
+    static_assert(Layout::kChunks <= kWarpSize, "a warp copies at least one row a pass");
     static_assert(kRows <= kWarpSize, "each lane holds one entry");
 
-    int entry;  // row of K and V; -1 past the end
-
-    // entries[0 .. count) are the warp's rows; count may be zero or less.
-    __device__ __forceinline__ void fetch(const int* entries, int count, int lane) {
-        entry = lane < min(count, kRows) ? entries[lane] : -1;
+    static __device__ __forceinline__ int row(int pass, int lane) { return pass * kRowsPerPass + lane / Layout::kChunks; }
+    // Shared address of this lane's chunk in a pass, `first` being that of pass 0.
+    static __device__ __forceinline__ u32 shared_address(u32 first, int pass) {
+        return (first ^ Layout::swizzle(pass * kRowsPerPass)) + pass * kRowsPerPass * Layout::kRowBytes;
     }
-    __device__ __forceinline__ void copy(u32 tile, int first_row, const u16* base, i64 row_stride, int lane) const {
-        const int chunk = lane % kChunks;
+    static __device__ __forceinline__ u32 first_address(u32 tile, int lane) {
+        return tile + Layout::offset(lane / Layout::kChunks, lane % Layout::kChunks);
+    }
+
+    // Copies the rows that lane i's entry i names; a negative entry gives zeros.
+    static __device__ __forceinline__ void copy_entries(u32 tile, const u16* base, int row_stride, int entry, int lane) {
+        const u32 first = first_address(tile, lane);
+        base += lane % Layout::kChunks * 8;
 #pragma unroll
         for (int pass = 0; pass < kPasses; ++pass) {
-            const int row = pass * kRowsPerPass + lane / kChunks;
-            const int from = __shfl_sync(0xffffffffu, entry, row % kWarpSize);
-            if (kRows % kRowsPerPass == 0 || row < kRows) {
-                const bool valid = from >= 0;
-                copy_async_16(tile + tile_offset<kDim>(first_row + row, chunk),
-                              base + (valid ? from : 0) * row_stride + chunk * 8, valid);
+            const int from = __shfl_sync(0xffffffffu, entry, row(pass, lane) % kWarpSize);
+            if (kRows % kRowsPerPass == 0 || row(pass, lane) < kRows) {
+                copy_async_16(shared_address(first, pass), base + i64(max(from, 0)) * row_stride, from >= 0);
+            }
+        }
+    }
+    // Copies `count` consecutive rows, the first at `base`; the rest of the tile becomes zeros.
+    static __device__ __forceinline__ void copy_run(u32 tile, const u16* base, int row_stride, int count, int lane) {
+        const u32 first = first_address(tile, lane);
+        const i64 step = i64(kRowsPerPass) * row_stride;
+        const u16* from = base + i64(lane / Layout::kChunks) * row_stride + lane % Layout::kChunks * 8;
+        if (count >= kRows) {
+#pragma unroll
+            for (int pass = 0; pass < kPasses; ++pass, from += step) {
+                if (kRows % kRowsPerPass == 0 || row(pass, lane) < kRows) {
+                    copy_async_16(shared_address(first, pass), from);
+                }
+            }
+            return;
+        }
+#pragma unroll
+        for (int pass = 0; pass < kPasses; ++pass, from += step) {
+            if (kRows % kRowsPerPass == 0 || row(pass, lane) < kRows) {
+                const bool valid = row(pass, lane) < count;
+                copy_async_16(shared_address(first, pass), valid ? from : base, valid);
             }
         }
     }

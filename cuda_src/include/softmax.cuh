@@ -15,16 +15,20 @@ __device__ __forceinline__ float log2_approx(float x) {
     return y;
 }
 
+// A row's maximum may lag behind by this much, base 2: weights then reach 2^8, far from the end of float16, and the
+// output gathered so far is rescaled only when the maximum has moved by more (as FlashAttention-4 does).
+constexpr float kSlack = 8.0f;
+
 // Running softmax of one row. Empty: nothing attended to yet.
 struct SoftmaxState {
-    float m = -kInfinity;  // largest score, base 2
+    float m = -kInfinity;  // reference score, base 2; no score so far exceeds it by more than kSlack
     float l = 0.0f;        // sum of 2^(score - m)
 
-    // Raises the maximum to cover `score`; returns the factor that l and the output gathered so far must take.
+    // Makes `score` representable; returns the factor that l and the output gathered so far must take.
     __device__ __forceinline__ float raise(float score) {
-        const float m_new = fmaxf(m, score);
-        const float factor = exp2_approx(m - finite_base(m_new));
-        m = m_new;
+        if (!(score > m + kSlack)) return 1.0f;
+        const float factor = m == -kInfinity ? 1.0f : exp2_approx(m - score);  // empty: there is nothing to scale
+        m = score;
         l *= factor;
         return factor;
     }

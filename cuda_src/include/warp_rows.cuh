@@ -6,6 +6,7 @@
 #include "softmax.cuh"
 
 constexpr int kDimSteps = kHeadDim / 16;
+using Layout = TileLayout<kHeadDim>;
 
 // Registers that a thread's rows take at least, rounded up to what buys another block on a multiprocessor.
 constexpr int kRegisters = kHeadDim <= 64 ? 128 : kHeadDim == 128 ? 168 : 255;
@@ -50,21 +51,25 @@ struct WarpRows {
     template <int kTokens>
     __device__ __forceinline__ void attend(u32 k_tile, u32 v_tile, int first, const Visible& visible,
                                            const ScoreScale& to_score, int lane) {
+        // Lane i addresses row i % 8 of matrix i / 8: of K, two blocks of eight tokens times two chunks; of V, whose
+        // matrices are transposed on the way, two chunks times two blocks of eight tokens.
+        const int row = lane % 8;
+        const u32 k_lane = k_tile + first * Layout::kRowBytes + Layout::offset(lane / 16 * 8 + row, lane / 8 % 2);
+        const u32 v_lane = v_tile + first * Layout::kRowBytes + Layout::offset(lane / 8 % 2 * 8 + row, lane / 16);
         float s[kTokens / 8][4] = {};
-        scores<kTokens>(s, k_tile, first, lane);
+        scores<kTokens>(s, k_lane);
         softmax<kTokens>(s, visible, to_score, lane);
-        values<kTokens>(s, v_tile, first, lane);
+        values<kTokens>(s, v_lane);
     }
 
     template <int kTokens>
-    __device__ __forceinline__ void scores(float (&s)[kTokens / 8][4], u32 k_tile, int first, int lane) const {
+    __device__ __forceinline__ void scores(float (&s)[kTokens / 8][4], u32 k_lane) const {
 #pragma unroll
         for (int d = 0; d < kDimSteps; ++d) {
 #pragma unroll
             for (int t = 0; t < kTokens / 16; ++t) {
                 u32 k[4];
-                const int token = first + t * 16 + lane / 16 * 8 + lane % 8;
-                load_matrices(k, k_tile + tile_offset<kHeadDim>(token, d * 2 + lane / 8 % 2));
+                load_matrices(k, (k_lane ^ (d * 32)) + t * 16 * Layout::kRowBytes);
                 Mma<Element>::add(s[2 * t], q[d], k[0], k[1]);
                 Mma<Element>::add(s[2 * t + 1], q[d], k[2], k[3]);
             }
@@ -111,7 +116,7 @@ struct WarpRows {
                 state[i / 2].l += s[n][i];  // of this lane's columns; finish() adds the four lanes up
             }
         }
-        // Past the first tiles of a long run of tokens the maximum rarely moves: then there is nothing to rescale.
+        // The maximum rarely moves by more than the slack: then there is nothing to rescale.
         if (__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) {
 #pragma unroll
             for (int d = 0; d < 2 * kDimSteps; ++d) {
@@ -122,7 +127,7 @@ struct WarpRows {
     }
 
     template <int kTokens>
-    __device__ __forceinline__ void values(const float (&s)[kTokens / 8][4], u32 v_tile, int first, int lane) {
+    __device__ __forceinline__ void values(const float (&s)[kTokens / 8][4], u32 v_lane) {
 #pragma unroll
         for (int t = 0; t < kTokens / 16; ++t) {
             const u32 weights[4] = {
@@ -131,8 +136,7 @@ struct WarpRows {
 #pragma unroll
             for (int d = 0; d < kDimSteps; ++d) {
                 u32 v[4];
-                const int token = first + t * 16 + lane / 8 % 2 * 8 + lane % 8;
-                load_matrices_transposed(v, v_tile + tile_offset<kHeadDim>(token, d * 2 + lane / 16));
+                load_matrices_transposed(v, (v_lane ^ (d * 32)) + t * 16 * Layout::kRowBytes);
                 Mma<Element>::add(o[2 * d], weights, v[0], v[1]);
                 Mma<Element>::add(o[2 * d + 1], weights, v[2], v[3]);
             }

@@ -234,6 +234,7 @@ def launch_tree_decode(
     mid: Sequence[int],
     schedule: Sequence[int],
     num_items: int,
+    stages: int,
     sm_scale: float,
     logit_cap: float,
 ) -> None:
@@ -245,6 +246,10 @@ def launch_tree_decode(
         Pointers to ``mid_o`` and ``mid_lse``.
     schedule : sequence of 3 int
         Pointers to the items, the segments and the order of the requests.
+    num_items : int
+        Number of items.
+    stages : int
+        Tiles in the ring of a warp.
     """
     num_qo_heads, head_dim = q.shape[1:]
     num_kv_heads = k.shape[1]
@@ -252,7 +257,7 @@ def launch_tree_decode(
     strides = (*q.strides[:2], *k.strides[:2], *v.strides[:2], *o.strides[:2])
     numbers = (num_kv_heads, num_qo_heads // num_kv_heads, sm_scale, logit_cap, is_aligned(o), 0)
     params = np.array((*pointers, *strides, *numbers), TREE_DECODE_PARAMS)
-    config = KernelConfig("tree_decode", q.dtype, head_dim)
+    config = KernelConfig("tree_decode", q.dtype, head_dim, stages=stages)
     launch(config, q.device[1], (num_items * num_kv_heads, 1, 1), params)
 
 

@@ -29,8 +29,8 @@ DEFAULT_SHARED_BYTES = 48 * 1024
 MMA_COMPUTE_CAPABILITY = 80
 """Compute capability times ten from which ``stage1_mma`` runs: it needs cp.async and bfloat16 products."""
 
-TREE_DECODE_STAGES = 2
-"""Tiles in the ring of ``tree_decode``."""
+TREE_DECODE_STAGES = (2,)
+"""Tiles in the ring of ``tree_decode``: what a plan may choose from."""
 
 
 def block_warps(head_dim: int) -> int:
@@ -84,12 +84,15 @@ class KernelConfig:
         One of `HEAD_DIMS`.
     tile : MmaTile or None
         Tile shape; only ``stage1_mma`` has one.
+    stages : int
+        Tiles in the ring of ``tree_decode``; the other kernels leave it 0.
     """
 
     name: str
     dtype: str
     head_dim: int
     tile: MmaTile | None = None
+    stages: int = 0
 
     @property
     def threads(self) -> int:
@@ -104,7 +107,7 @@ class KernelConfig:
     def shared_bytes(self) -> int:
         """Dynamic shared memory a block, in bytes; ``stage1_mma.cu`` asserts the same number."""
         if self.name == "tree_decode":
-            return block_warps(self.head_dim) * TREE_DECODE_STAGES * 2 * 16 * self.head_dim * 2
+            return block_warps(self.head_dim) * self.stages * 2 * 16 * self.head_dim * 2
         if self.tile is None:
             return 0
         return self.tile.stages * 2 * self.tile.kv_tile * self.head_dim * 2
@@ -119,6 +122,8 @@ class KernelConfig:
                 "FT_WARP_TOKENS": self.tile.warp_tokens,
                 "FT_STAGES": self.tile.stages,
             }
+        if self.name == "tree_decode":
+            options["FT_STAGES"] = self.stages
         if self.shared_bytes:
             options["FT_SHARED_BYTES"] = self.shared_bytes
         return options
@@ -171,7 +176,7 @@ def all_configs(compute_capability: int) -> list[KernelConfig]:
         configs += [KernelConfig(name, dtype, head_dim) for name in ("stage1_plain", "stage2")]
         if compute_capability >= MMA_COMPUTE_CAPABILITY:
             configs += [KernelConfig("stage1_mma", dtype, head_dim, tile) for tile in tiles(head_dim)]
-            configs.append(KernelConfig("tree_decode", dtype, head_dim))
+            configs += [KernelConfig("tree_decode", dtype, head_dim, stages=n) for n in TREE_DECODE_STAGES]
     return configs
 
 
