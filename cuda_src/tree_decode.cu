@@ -1,8 +1,8 @@
 // Grid (items * KV heads), block kWarps * 32 threads: one item of a DecodePlan for one KV head.
 //
 // One pass over everything that an item's rows attend to: ancestors' tokens, which all row warps share, then each row
-// warp's own subtree, with a mask by row range. Row warps split the rows; the remaining factor of the warps, the token
-// groups, takes turns at the tiles, each with a softmax state of its own, and is merged once at the end.
+// warp's own subtree, with a mask by row range. Row warps split the rows; token groups split the tokens, each with a
+// softmax state of its own, and are merged once at the end.
 #include "plan.cuh"
 #include "warp_rows.cuh"
 
@@ -41,29 +41,25 @@ struct WarpRole {
     }
 };
 
-// Walks the tiles of a list of segments; a tile never crosses a segment's end.
+// Walks the tiles of a list of segments; a tile never crosses a segment's end. The segment after the current one is
+// fetched ahead: walking never waits for memory.
 struct TileCursor {
     const Segment* next;
     const Segment* end;
     Segment segment;
-    int offset;  // of the tile in its segment
-    int tile;    // tokens a tile, a power of two
-    int step;    // tokens from one of this group's tiles to its next
+    Segment upcoming;
+    int offset = 0;  // of the tile in its segment
 
-    __device__ __forceinline__ TileCursor(const Segment* begin, const Segment* end, int tile, int group, int groups)
-        : next(begin), end(end), segment{0, 0, 0, 0}, offset(group * tile), tile(tile), step(groups * tile) {
-        settle();
-    }
+    __device__ __forceinline__ TileCursor(const Segment* begin, const Segment* end)
+        : next(begin), end(end), segment(fetch()), upcoming(fetch()) {}
+    __device__ __forceinline__ Segment fetch() { return next < end ? *next++ : Segment{0, 0, 0, 0}; }
     __device__ __forceinline__ bool valid() const { return offset < segment.kv_len; }
-    __device__ __forceinline__ void advance() {
-        offset += step;
-        settle();
-    }
-    __device__ __forceinline__ void settle() {
-        while (offset >= segment.kv_len && next < end) {
-            offset -= (segment.kv_len + tile - 1) & -tile;
-            segment = *next++;
-        }
+    __device__ __forceinline__ void advance(int tokens) {
+        offset += tokens;
+        if (offset < segment.kv_len) return;
+        offset = 0;
+        segment = upcoming;
+        upcoming = fetch();
     }
 };
 
@@ -106,7 +102,7 @@ __device__ __forceinline__ void attend_list(WarpRows& rows, const Operands& oper
     const u32 base = ring + (threadIdx.x / kWarpSize - share) * kStages * kWarpStageBytes;
     const auto sync = [&] { kShared ? role.sync_group() : __syncwarp(); };
 
-    TileCursor ahead(begin, end, sharers * kWarpTokens, role.group, role.groups);
+    TileCursor ahead(begin, end);
     PendingTile pending[kStages - 1];
     int load_stage = 0;
     // Starts the next copy, and moves up the tiles under way.
@@ -119,7 +115,7 @@ __device__ __forceinline__ void attend_list(WarpRows& rows, const Operands& oper
             newest = {ahead.segment.kv_len - ahead.offset, ahead.segment.row_begin, ahead.segment.row_end};
             const u32 stage = base + load_stage * 2 * tile_bytes + share * kWarpTileBytes;
             operands.gather(ahead, stage, stage + tile_bytes, share * kWarpTokens, role.lane);
-            ahead.advance();
+            ahead.advance(sharers * kWarpTokens);
         }
         commit_copies();  // an empty group too: wait_copies counts groups
         load_stage = load_stage + 1 == kStages ? 0 : load_stage + 1;
@@ -128,6 +124,7 @@ __device__ __forceinline__ void attend_list(WarpRows& rows, const Operands& oper
     for (int i = 0; i < kStages - 1; ++i) start_copy();
 
     int stage_index = 0;
+#pragma unroll 1
     while (pending[0].tokens > 0) {
         const PendingTile tile = pending[0];
         wait_copies<kStages - 2>();
@@ -143,6 +140,7 @@ __device__ __forceinline__ void attend_list(WarpRows& rows, const Operands& oper
                         tile.row_begin > first_row || tile.row_end < first_row + 16};
         if constexpr (kShared) {
             const bool rows_hidden = visible.partly;
+#pragma unroll 1
             for (int first = 0; first < sharers * kWarpTokens && visible.tokens > 0; first += 32) {
                 visible.partly = rows_hidden || visible.tokens < 32;
                 rows.attend<32>(stage, stage + tile_bytes, first, visible, operands.to_score, role.lane);
@@ -171,7 +169,9 @@ __device__ __forceinline__ void merge_states(WarpRows& rows, float (&lse)[2], Fl
     for (int half = 0; half < 2; ++half) {
         const int row = role.row_warp * 16 + role.lane / 4 + half * 8;
         SoftmaxState total;
+#pragma unroll 1
         for (int g = 0; g < role.groups; ++g) total.m = fmaxf(total.m, exchange[g * num_rows + row].x);
+#pragma unroll 1
         for (int g = 0; g < role.groups; ++g) {
             const Float2 part = exchange[g * num_rows + row];
             total.l += part.y * total.weight(part.x);
@@ -212,10 +212,12 @@ struct alignas(16) Packed8 {
 __device__ __forceinline__ void write_outputs(const float* shared, const TreeDecodeParams& p, const Item& item,
                                               int kv_head, const WarpRole& role) {
     const int num_rows = item.num_requests * p.group;
+#pragma unroll 1
     for (int i = threadIdx.x; i < num_rows * kChunks; i += kThreads) {
         const int row = i / kChunks;
         const int chunk = i % kChunks;
         float sum[8] = {};
+#pragma unroll 1
         for (int g = 0; g < role.groups; ++g) {
             const Float4* from = reinterpret_cast<const Float4*>(
                 shared + (g * role.row_warps * 16 + row) * kHeadDim + ((chunk ^ row) % kChunks) * 8);
@@ -246,7 +248,7 @@ __device__ __forceinline__ void write_outputs(const float* shared, const TreeDec
 extern "C" __global__ void __launch_bounds__(kThreads, min_blocks(kThreads))
 tree_decode(const __grid_constant__ TreeDecodeParams p) {
     extern __shared__ __align__(1024) unsigned char shared[];
-    const Item item = p.items[blockIdx.x / p.kv_heads];
+    const Item& item = p.items[blockIdx.x / p.kv_heads];
     const int kv_head = blockIdx.x % p.kv_heads;
     const WarpRole role(item.row_warps);
     const Operands operands(p, kv_head);
@@ -260,20 +262,12 @@ tree_decode(const __grid_constant__ TreeDecodeParams p) {
     };
     rows.load_queries(query, role.row_warp * 16, num_rows, role.lane);
 
-    const Segment* segments = p.segments;
-    if (item.segments[0] < item.segments[1]) {
-        attend_list<true>(rows, operands, role, segments + item.segments[0], segments + item.segments[1], ring);
+    if (role.row_warps > 1) {
+        const int* bounds = item.shared + role.group;
+        attend_list<true>(rows, operands, role, p.segments + bounds[0], p.segments + bounds[1], ring);
     }
-    // A run-time index into the struct would move it to local memory.
-    int own_begin = item.segments[1], own_end = item.segments[2];
-#pragma unroll
-    for (int w = 1; w < kWarps; ++w) {
-        if (role.row_warp == w) {
-            own_begin = item.segments[1 + w];
-            own_end = item.segments[2 + w];
-        }
-    }
-    attend_list<false>(rows, operands, role, segments + own_begin, segments + own_end, ring);
+    const int* bounds = item.own + threadIdx.x / kWarpSize;
+    attend_list<false>(rows, operands, role, p.segments + bounds[0], p.segments + bounds[1], ring);
 
     rows.finish();
     __syncthreads();  // the rings of all warps are free

@@ -12,17 +12,17 @@ struct alignas(16) Segment {
 
 // One block's work for one KV head: the query rows of consecutive requests (in plan order) against lists of segments.
 // A row is one query head of one request: row = request in item * group + head in group. Row warp w holds the rows
-// [16 w, 16 w + 16). Mirrored by ITEM_FIELDS in fasttree_cupy/planning/subtree.py.
+// [16 w, 16 w + 16); the warps of a block form token groups of row_warps warps each, every group with tokens of its own.
+// Mirrored by ITEM_FIELDS in fasttree_cupy/planning/subtree.py.
 struct Item {
     int first_position;  // first request, an index into request_order
     int num_requests;
     int partial;         // first row of mid_o, in requests; -1: the item writes o
     int row_warps;       // 1, 2 or 4
-    // Segments [segments[0], segments[1]) are gathered by all row warps together; [segments[1 + w], segments[2 + w])
-    // are row warp w's own. Unused bounds repeat the last.
-    int segments[6];
+    int shared[3];       // segments [shared[g], shared[g + 1]): what token group g's row warps gather together
+    int own[5];          // segments [own[w], own[w + 1]): what warp w, row warp w % row_warps, gathers for itself
 };
-static_assert(sizeof(Item) == 40, "as ITEM_FIELDS in subtree.py");
+static_assert(sizeof(Item) == 48, "as ITEM_FIELDS in subtree.py");
 
 // Mirrored field by field in fasttree_cupy/execution/cuda.py. Strides count elements; the last axis is contiguous.
 struct TreeDecodeParams {

@@ -56,23 +56,31 @@ struct WarpRows {
         const int row = lane % 8;
         const u32 k_lane = k_tile + first * Layout::kRowBytes + Layout::offset(lane / 16 * 8 + row, lane / 8 % 2);
         const u32 v_lane = v_tile + first * Layout::kRowBytes + Layout::offset(lane / 8 % 2 * 8 + row, lane / 16);
-        float s[kTokens / 8][4] = {};
+        float s[kTokens / 8][4];
         scores<kTokens>(s, k_lane);
         softmax<kTokens>(s, visible, to_score, lane);
         values<kTokens>(s, v_lane);
     }
 
+    // Few tokens: two sums a score, of even and odd steps, for half as long a chain of dependent products.
     template <int kTokens>
     __device__ __forceinline__ void scores(float (&s)[kTokens / 8][4], u32 k_lane) const {
+        constexpr int kSums = kTokens == 16 && kDimSteps > 1 ? 2 : 1;
+        float sums[kSums][kTokens / 8][4] = {};
 #pragma unroll
         for (int d = 0; d < kDimSteps; ++d) {
 #pragma unroll
             for (int t = 0; t < kTokens / 16; ++t) {
                 u32 k[4];
                 load_matrices(k, (k_lane ^ (d * 32)) + t * 16 * Layout::kRowBytes);
-                Mma<Element>::add(s[2 * t], q[d], k[0], k[1]);
-                Mma<Element>::add(s[2 * t + 1], q[d], k[2], k[3]);
+                Mma<Element>::add(sums[d % kSums][2 * t], q[d], k[0], k[1]);
+                Mma<Element>::add(sums[d % kSums][2 * t + 1], q[d], k[2], k[3]);
             }
+        }
+#pragma unroll
+        for (int n = 0; n < kTokens / 8; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) s[n][i] = kSums == 2 ? sums[0][n][i] + sums[kSums - 1][n][i] : sums[0][n][i];
         }
     }
 

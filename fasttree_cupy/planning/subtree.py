@@ -26,7 +26,7 @@ WARP_ROWS = 16
 STEP_TOKENS = 16
 """A warp's step: 16 query rows against 16 tokens, as in cuda_src/tree_decode.cu."""
 
-ITEM_FIELDS = ("first_position", "num_requests", "partial", "row_warps") + 6 * ("segment_bound",)
+ITEM_FIELDS = ("first_position", "num_requests", "partial", "row_warps") + 3 * ("shared",) + 5 * ("own",)
 """Columns of `SubtreePlan.items`: struct Item of cuda_src/include/plan.cuh."""
 
 _LONGEST = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 1 << 30)
@@ -40,7 +40,7 @@ class SubtreePlan(NamedTuple):
 
     Attributes
     ----------
-    items : int32 (I, 10)
+    items : int32 (I, 12)
         One block's work for one KV head, the longest first; columns `ITEM_FIELDS`.
     segments : int32 (S, 4)
         Runs of tokens: first row of K and V, length, first and end row of the item that see it.
@@ -113,7 +113,7 @@ def plan(tree: KVTree, group: int, num_kv_heads: int, head_dim: int, machine: Ma
     estimate, row_warps, longest, bounds, segments, steps = best
     pieces = np.maximum(1, -(-steps // longest))
     items, cut_segments, lengths = _cut(
-        bounds, segments, pieces, row_warps, tree.batch_size, row_warps * WARP_ROWS // group
+        bounds, segments, pieces, row_warps, block_warps // row_warps, tree.batch_size, row_warps * WARP_ROWS // group
     )
     items = items[np.argsort(-lengths, kind="stable")]
     merge = _merge_lists(request_order, pieces, row_warps * WARP_ROWS // group)
@@ -270,17 +270,22 @@ def _costs(
 
 @njit(cache=True)
 def _cut(
-    bounds: Int64Array, segments: Int32Array, pieces: Int64Array, row_warps: int, batch: int, requests: int
+    bounds: Int64Array,
+    segments: Int32Array,
+    pieces: Int64Array,
+    row_warps: int,
+    groups: int,
+    batch: int,
+    requests: int,
 ) -> tuple[Int32Array, Int32Array, Int64Array]:
-    """Items, their segments, and their lengths: each list of a tile is cut evenly into its pieces."""
+    """Items, their segments, and their lengths: each list of a tile is cut evenly, over pieces and token groups."""
     lists = row_warps + 1
-    num_items = pieces.sum()
     most = 0
     for i in range(len(bounds) - 1):
-        most += bounds[i + 1] - bounds[i] + pieces[i // lists] - 1
-    items = np.empty((num_items, 10), np.int32)
+        most += bounds[i + 1] - bounds[i] + pieces[i // lists] * groups - 1
+    items = np.empty((pieces.sum(), 12), np.int32)
     out = np.empty((most, 4), np.int32)
-    lengths = np.zeros(num_items, np.int64)
+    lengths = np.zeros(len(items), np.int64)
     item = 0
     at = 0
     partial = 0
@@ -291,36 +296,48 @@ def _cut(
             items[item, 1] = num_requests
             items[item, 2] = partial if pieces[t] > 1 else -1
             items[item, 3] = row_warps
-            own = 0
-            for which in range(lists):
-                items[item, 4 + which] = at
-                tile = STEP_TOKENS * row_warps if which == 0 else STEP_TOKENS
-                begin, end = bounds[t * lists + which], bounds[t * lists + which + 1]
-                total = 0
-                for s in range(begin, end):
-                    total += -(-segments[s, 1] // tile)
-                first, last = total * piece // pieces[t], total * (piece + 1) // pieces[t]
-                position = 0
-                for s in range(begin, end):
-                    count = -(-segments[s, 1] // tile)
-                    low, high = max(first - position, 0), min(last - position, count)
-                    if low < high:
-                        out[at, 0] = segments[s, 0] + low * tile
-                        out[at, 1] = min(segments[s, 1], high * tile) - low * tile
-                        out[at, 2] = segments[s, 2]
-                        out[at, 3] = segments[s, 3]
-                        at += 1
-                    position += count
-                if which == 0:
-                    lengths[item] = (last - first) * row_warps
-                else:
-                    own = max(own, last - first)
-            items[item, 4 + lists :] = at
-            lengths[item] += own
             if pieces[t] > 1:
                 partial += num_requests
+            parts = pieces[t] * groups
+            shared = 0
+            for g in range(groups if row_warps > 1 else 0):
+                items[item, 4 + g] = at
+                at, length = _part(bounds, segments, t * lists, STEP_TOKENS * row_warps, piece * groups + g, parts, out, at)
+                shared = max(shared, length * row_warps)
+            items[item, 4 + (groups if row_warps > 1 else 0) : 7] = at
+            own = 0
+            for w in range(groups * row_warps):
+                items[item, 7 + w] = at
+                which = t * lists + 1 + w % row_warps
+                at, length = _part(bounds, segments, which, STEP_TOKENS, piece * groups + w // row_warps, parts, out, at)
+                own = max(own, length)
+            items[item, 7 + groups * row_warps :] = at
+            lengths[item] = shared + own
             item += 1
     return items, out[:at], lengths
+
+
+@njit(cache=True)
+def _part(
+    bounds: Int64Array, segments: Int32Array, which: int, tile: int, part: int, parts: int, out: Int32Array, at: int
+) -> tuple[int, int]:
+    """Copy part `part` of `parts` of a list to ``out[at:]``; returns the new end and the part's length in tiles."""
+    total = 0
+    for s in range(bounds[which], bounds[which + 1]):
+        total += -(-segments[s, 1] // tile)
+    first, last = total * part // parts, total * (part + 1) // parts
+    position = 0
+    for s in range(bounds[which], bounds[which + 1]):
+        count = -(-segments[s, 1] // tile)
+        low, high = max(first - position, 0), min(last - position, count)
+        if low < high:
+            out[at, 0] = segments[s, 0] + low * tile
+            out[at, 1] = min(segments[s, 1], high * tile) - low * tile
+            out[at, 2] = segments[s, 2]
+            out[at, 3] = segments[s, 3]
+            at += 1
+        position += count
+    return at, last - first
 
 
 @njit(cache=True)
