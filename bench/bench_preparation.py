@@ -130,7 +130,7 @@ def make_plan(tree: KVTree) -> Any:
 def plain_python_planner() -> Callable[[KVTree], Any] | None:
     """The tests' oracle; None where the tests or pytest are not there."""
     try:
-        from tests.test_planning import Oracle, Settings
+        from tests.oracle import Oracle, Settings
     except ImportError as error:
         print(f"no oracle: {error}")
         return None

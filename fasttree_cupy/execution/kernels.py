@@ -77,7 +77,8 @@ class KernelConfig:
     Attributes
     ----------
     name : str
-        ``"stage1_mma"``, ``"stage1_plain"``, ``"stage2"`` or ``"tree_decode"``: the file under ``cuda_src/`` and the function in it.
+        ``"stage1_mma"``, ``"stage1_plain"``, ``"stage2"`` or ``"tree_decode"``: the file under ``cuda_src/`` and the
+        function in it.
     dtype : str
         Element type of Q, K, V and O: ``"float16"`` or ``"bfloat16"``.
     head_dim : int

@@ -302,14 +302,18 @@ def _cut(
             shared = 0
             for g in range(groups if row_warps > 1 else 0):
                 items[item, 4 + g] = at
-                at, length = _part(bounds, segments, t * lists, STEP_TOKENS * row_warps, piece * groups + g, parts, out, at)
+                at, length = _part(
+                    bounds, segments, t * lists, STEP_TOKENS * row_warps, piece * groups + g, parts, out, at
+                )
                 shared = max(shared, length * row_warps)
             items[item, 4 + (groups if row_warps > 1 else 0) : 7] = at
             own = 0
             for w in range(groups * row_warps):
                 items[item, 7 + w] = at
                 which = t * lists + 1 + w % row_warps
-                at, length = _part(bounds, segments, which, STEP_TOKENS, piece * groups + w // row_warps, parts, out, at)
+                at, length = _part(
+                    bounds, segments, which, STEP_TOKENS, piece * groups + w // row_warps, parts, out, at
+                )
                 own = max(own, length)
             items[item, 7 + groups * row_warps :] = at
             lengths[item] = shared + own
