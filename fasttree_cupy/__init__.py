@@ -3,6 +3,7 @@
 from fasttree_cupy.decode import fasttree_decode
 from fasttree_cupy.metadata import MetadataTuple
 from fasttree_cupy.params import PRESETS, FastTreeParams, GpuPreset, preset
+from fasttree_cupy.plan import DecodePlan, plan_decode
 from fasttree_cupy.preparation import fasttree_preparation
 from fasttree_cupy.tree import KVTree, KVTreeNode, fill_requests, retrive_from_file, write_tree_to_file
 from fasttree_cupy.workload import qkv_preparation
@@ -11,6 +12,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "DecodePlan",
     "FastTreeParams",
     "GpuPreset",
     "KVTree",
@@ -19,6 +21,7 @@ __all__ = [
     "fasttree_decode",
     "fasttree_preparation",
     "fill_requests",
+    "plan_decode",
     "preset",
     "qkv_preparation",
     "retrive_from_file",

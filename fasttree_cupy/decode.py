@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import functools
-import math
-import numbers
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+from fasttree_cupy.checks import (
+    check_inputs,
+    check_output,
+    check_same,
+    check_writable,
+    checked_cap,
+    checked_float,
+    is_contiguous,
+)
 from fasttree_cupy.execution import arrays, cpu, cuda, streams
 from fasttree_cupy.execution.arrays import ArrayView
-from fasttree_cupy.execution.kernels import HEAD_DIMS
 from fasttree_cupy.metadata import MetadataTuple, PhaseNodeNums
 from fasttree_cupy.params import checked_pair
 
 __all__ = ["fasttree_decode"]
 
-ELEMENT_DTYPES = ("float16", "bfloat16")
 INPUT_NAMES = ("q", "k_buffer", "v_buffer")
 ARRAY_NAMES = MetadataTuple._fields[:11]
 MID_NAMES = ("mid_o", "mid_lse")
-FLOAT32_TINY, FLOAT32_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127
-"""The smallest normal number and the largest: the kernels compute in float32."""
 
 
 def fills_gaps(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -138,14 +141,14 @@ def fasttree_decode(
         name, value = ("stream", stream) if stream is not None else ("kernel", kernel)
         raise ValueError(f"{name} is {value!r}, but q lies on the CPU, expected {name} left out")
 
-    with cuda.use_device(device[1]) if device[0] == "cuda" else nullcontext():
+    with streams.use_device(device[1]) if device[0] == "cuda" else nullcontext():
         handle = None
         if device[0] == "cuda":
             handle = streams.stream_handle(stream, arrays.framework_of(q), device[1])
         inputs = {"q": q, "k_buffer": k_buffer, "v_buffer": v_buffer}
         views = {name: arrays.view(name, array, handle) for name, array in inputs.items()}
         views |= {name: arrays.view(name, array) for name, array in metadata.items()}
-        check_inputs(views)
+        check_inputs({name: views[name] for name in INPUT_NAMES})
         check_metadata(views, phases)
         if o is not None:
             views["o"] = arrays.view("o", o, handle)
@@ -153,7 +156,7 @@ def fasttree_decode(
         if handle is None:
             cpu.check_metadata(numpy_metadata(views, phases), views["k_buffer"].shape[0], views["q"].shape[0])
         else:
-            kernel = cuda.check_kernel(kernel, *(views[name] for name in INPUT_NAMES))
+            kernel = cuda.check_kernel(kernel, {name: views[name] for name in INPUT_NAMES})
 
         # Every check has passed: from here on memory is written.
         if o is None:
@@ -162,7 +165,7 @@ def fasttree_decode(
         run(views, phases, scale, cap, kernel, handle)
         if o is not None:
             return None
-        with nullcontext() if handle is None else cuda.use_stream(handle, device[1]):
+        with nullcontext() if handle is None else streams.use_stream(handle, device[1]):
             return arrays.hand_back(result, views["q"])
 
 
@@ -190,9 +193,7 @@ def run(
         kernel,
         stream,
     )
-    borrowed = [view.owner for view in (q, k, v, o) if view.framework not in ("torch", "cupy")]
-    if borrowed:
-        streams.keep_alive(stream, borrowed)
+    streams.keep_borrowed(stream, (q, k, v, o))
 
 
 class Phases(NamedTuple):
@@ -214,55 +215,6 @@ def check_phases(node_nums: Any, node_offsets: Any, q_tile_sizes: Any, kv_tile_s
         checked_pair(q_tile_sizes, "phase_q_tile_sizes"),
         node_nums.num_tokens if isinstance(node_nums, PhaseNodeNums) else None,
     )
-
-
-def checked_float(value: object, name: str) -> float:
-    """`value` as a float; TypeError or ValueError in the name of the argument."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} is {value!r}, expected a number")
-    try:
-        number = float(value)
-    except OverflowError:  # an integer too large
-        number = math.inf
-    if not abs(number) <= FLOAT32_MAX:
-        raise ValueError(f"{name} is {value!r}, expected a finite number that float32 can hold")
-    return number
-
-
-def checked_cap(value: object) -> float:
-    """The soft cap as a float: the kernels divide by it where it is positive, so float32 must tell it from 0."""
-    cap = checked_float(value, "logit_cap")
-    if 0 < cap < FLOAT32_TINY:
-        raise ValueError(f"logit_cap is {value!r}, expected 0, a negative number, or at least {FLOAT32_TINY}")
-    return cap
-
-
-def check_inputs(views: Mapping[str, ArrayView]) -> None:
-    """Check Q, K and V against one another."""
-    q, k, v = (views[name] for name in INPUT_NAMES)
-    for name in INPUT_NAMES:
-        check_element_array(name, views[name])
-        check_same(name, "dtype", views[name].dtype, q.dtype)
-        check_same(name, "device", views[name].device, q.device)
-    if q.shape[2] not in HEAD_DIMS:
-        raise ValueError(f"q has head_dim {q.shape[2]}, expected one of {', '.join(map(str, HEAD_DIMS))}")
-    if k.shape[2] != q.shape[2]:
-        raise ValueError(f"k_buffer has head_dim {k.shape[2]}, expected {q.shape[2]} as q has")
-    if v.shape != k.shape:
-        raise ValueError(f"v_buffer has shape {v.shape}, expected {k.shape} as k_buffer has")
-    if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"q has {q.shape[1]} heads, expected a multiple of k_buffer's, {k.shape[1]}")
-
-
-def check_output(o: ArrayView, q: ArrayView) -> None:
-    """Check O against Q."""
-    check_element_array("o", o)
-    check_same("o", "dtype", o.dtype, q.dtype)
-    check_same("o", "device", o.device, q.device)
-    check_same("o", "shape", o.shape, q.shape)
-    check_writable("o", o)
-    if any(length > 1 and stride == 0 for length, stride in zip(o.shape, o.strides, strict=True)):
-        raise ValueError(f"o has strides {o.strides} in elements, expected no two elements in one place")
 
 
 def check_metadata(views: Mapping[str, ArrayView], phases: Phases) -> None:
@@ -303,44 +255,6 @@ def check_ranges(phases: Phases, num_vnodes: int) -> None:
             f"phase_node_nums is {phases.node_nums} and phase_node_offsets is {phases.node_offsets}, "
             f"expected ranges that hold each of the {num_vnodes} vnodes once"
         )
-
-
-def check_element_array(name: str, view: ArrayView) -> None:
-    """Check what Q, K, V and O have in common."""
-    if view.dtype not in ELEMENT_DTYPES:
-        raise TypeError(f"{name} has dtype {view.dtype}, expected {' or '.join(ELEMENT_DTYPES)}")
-    if len(view.shape) != 3:
-        raise ValueError(f"{name} has shape {view.shape}, expected three dimensions: rows, heads, head_dim")
-    if view.shape[2] > 1 and view.strides[2] != 1 and 0 not in view.shape:
-        raise ValueError(f"{name} has strides {view.strides} in elements, expected a contiguous last axis")
-
-
-def check_same(name: str, what: str, actual: object, expected: object) -> None:
-    """Raise unless an array's property is the expected one: TypeError for a dtype, else ValueError."""
-    if actual != expected:
-        error = TypeError if what == "dtype" else ValueError
-        raise error(f"{name} has {what} {actual}, expected {expected}")
-
-
-def check_writable(name: str, view: ArrayView) -> None:
-    """Raise where an array that must be written cannot be."""
-    if view.writable:
-        return
-    if view.framework == "jax":
-        raise TypeError(f"{name} is a JAX array, which cannot be written, expected None to get a new one")
-    raise ValueError(f"{name} is read-only, expected an array that can be written")
-
-
-def is_contiguous(view: ArrayView) -> bool:
-    """Whether an array lies in row-major order without gaps; strides of axes of length 1 do not matter."""
-    if 0 in view.shape:
-        return True
-    expected = 1
-    for length, stride in zip(reversed(view.shape), reversed(view.strides), strict=True):
-        if length > 1 and stride != expected:
-            return False
-        expected *= length
-    return True
 
 
 def numpy_metadata(views: Mapping[str, ArrayView], phases: Phases) -> MetadataTuple:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fasttree_cupy.decode import fasttree_decode
-from fasttree_cupy.execution import cuda
+from fasttree_cupy.execution import cuda, streams
 from fasttree_cupy.execution.arrays import DTYPES
 from fasttree_cupy.execution.device import resolve_device
 from fasttree_cupy.execution.kernels import MMA_COMPUTE_CAPABILITY
@@ -288,7 +288,7 @@ def device_index(place: str) -> int:
 
 
 def current_device(place: str) -> AbstractContextManager[Any]:
-    return nullcontext() if place == "cpu" else cuda.use_device(device_index(place))
+    return nullcontext() if place == "cpu" else streams.use_device(device_index(place))
 
 
 def placed(array: Array, place: str) -> Any:

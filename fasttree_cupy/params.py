@@ -151,6 +151,14 @@ def checked_pair(value: object, name: str, least: int = 1) -> list[int]:
     return [checked_int(number, f"{name}[{i}]", least) for i, number in enumerate(value)]
 
 
+def checked_heads(num_qo_heads: int, num_kv_heads: int) -> tuple[int, int]:
+    """Both head counts as Python integers; TypeError or ValueError where the first is no multiple of the second."""
+    heads, kv_heads = checked_int(num_qo_heads, "num_qo_heads"), checked_int(num_kv_heads, "num_kv_heads")
+    if heads % kv_heads:
+        raise ValueError(f"num_qo_heads is {heads}, expected a multiple of num_kv_heads, {kv_heads}")
+    return heads, kv_heads
+
+
 def _tile_sizes(value: object, name: str) -> list[int]:
     sizes = checked_pair(value, name)
     if name == "TSQs" and sizes[0] < sizes[1]:

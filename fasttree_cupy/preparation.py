@@ -11,15 +11,13 @@ import numpy.typing as npt
 
 from fasttree_cupy.execution.device import resolve_device
 from fasttree_cupy.execution.kernels import HEAD_DIMS
+from fasttree_cupy.execution.upload import upload
 from fasttree_cupy.metadata import MetadataTuple, PhaseNodeNums
-from fasttree_cupy.params import FastTreeParams, checked_int, checked_pair
+from fasttree_cupy.params import FastTreeParams, checked_heads, checked_int, checked_pair
 from fasttree_cupy.planning.greedy import GreedyPlan, plan
 from fasttree_cupy.tree import KVTree, KVTreeNode, as_tree, int_vector
 
 __all__ = ["fasttree_preparation"]
-
-# Each array of the upload starts at a multiple of 128 bytes: a full memory transaction on every GPU.
-_ALIGNMENT = 32
 
 
 def fasttree_preparation(
@@ -85,7 +83,7 @@ def fasttree_preparation(
     """
     tree = as_tree(tree_info)
     _check_rows(tree, KV_ptrs, checked_int(batch_size, "batch_size"))
-    num_heads, num_kv_heads = _checked_heads(num_qo_heads, num_kv_heads)
+    num_heads, num_kv_heads = checked_heads(num_qo_heads, num_kv_heads)
     if checked_int(head_dim, "head_dim") not in HEAD_DIMS:
         raise ValueError(f"head_dim is {head_dim}, expected one of {', '.join(map(str, HEAD_DIMS))}")
     splits = checked_pair(KV_SPLIT_SIZES, "KV_SPLIT_SIZES")
@@ -135,13 +133,6 @@ def _check_rows(tree: KVTree, KV_ptrs: Sequence[int] | npt.NDArray[Any], batch_s
         )
 
 
-def _checked_heads(num_qo_heads: int, num_kv_heads: int) -> tuple[int, int]:
-    heads, kv_heads = checked_int(num_qo_heads, "num_qo_heads"), checked_int(num_kv_heads, "num_kv_heads")
-    if heads % kv_heads:
-        raise ValueError(f"num_qo_heads is {heads}, expected a multiple of num_kv_heads, {kv_heads}")
-    return heads, kv_heads
-
-
 def _place(
     arrays: list[npt.NDArray[np.int32]], mid_shape: tuple[int, int, int], device: str
 ) -> tuple[list[Any], Any, Any]:
@@ -150,26 +141,10 @@ def _place(
         return list(arrays), np.empty(mid_shape, np.float32), np.empty(mid_shape[:2], np.float32)
     import cupy
 
-    packed, starts = _pack(arrays)
-    with cupy.cuda.Device(int(device.removeprefix("cuda:"))):
-        uploaded = cupy.asarray(packed)  # one transfer for all nine
+    index = int(device.removeprefix("cuda:"))
+    with cupy.cuda.Device(index):
         mid_o, mid_lse = cupy.empty(mid_shape, cupy.float32), cupy.empty(mid_shape[:2], cupy.float32)
-        # Decoding may run on another stream: the upload has to be over by then.
-        cupy.cuda.get_current_stream().synchronize()
-    placed = [uploaded[start : start + len(a)] for start, a in zip(starts, arrays, strict=True)]
-    return placed, mid_o, mid_lse
-
-
-def _pack(arrays: list[npt.NDArray[np.int32]]) -> tuple[npt.NDArray[np.int32], list[int]]:
-    """All arrays in one, and where each starts: at a multiple of the alignment."""
-    starts, total = [], 0
-    for a in arrays:
-        starts.append(total)
-        total += -(-len(a) // _ALIGNMENT) * _ALIGNMENT
-    packed = np.zeros(total, np.int32)
-    for start, a in zip(starts, arrays, strict=True):
-        packed[start : start + len(a)] = a
-    return packed, starts
+    return upload(arrays, index), mid_o, mid_lse
 
 
 def _statistics(tree: KVTree, made: GreedyPlan, device: str) -> str:

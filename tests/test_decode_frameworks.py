@@ -20,7 +20,7 @@ from tolerances import assert_close
 
 from fasttree_cupy.decode import fasttree_decode
 from fasttree_cupy.execution import arrays
-from fasttree_cupy.execution.cuda import ForeignStream, use_stream
+from fasttree_cupy.execution.streams import ForeignStream, use_stream
 from fasttree_cupy.metadata import MetadataTuple
 from fasttree_cupy.params import FastTreeParams
 from fasttree_cupy.preparation import fasttree_preparation

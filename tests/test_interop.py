@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from fasttree_cupy.execution.arrays import DTYPES, as_numpy, device_of, empty, framework_of, hand_back, view
-from fasttree_cupy.execution.cuda import use_stream
-from fasttree_cupy.execution.streams import keep_alive, stream_handle
+from fasttree_cupy.execution.streams import keep_alive, stream_handle, use_stream
 
 CPU = ("cpu", 0)
 SHAPE = (3, 4, 8)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import streams
 from .kernels import MMA_COMPUTE_CAPABILITY, KernelConfig, choose_tile, load_kernel
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from .arrays import ArrayView
 
@@ -62,8 +62,8 @@ def multiprocessors(device: int) -> int:
     return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
 
 
-def check_kernel(kernel: str, q: ArrayView, k: ArrayView, v: ArrayView) -> str:
-    """Return the stage-1 kernel to run, ``"mma"`` or ``"plain"``.
+def check_kernel(kernel: str, inputs: Mapping[str, ArrayView]) -> str:
+    """Return the stage-1 kernel to run on Q, K and V, ``"mma"`` or ``"plain"``.
 
     Raises
     ------
@@ -72,7 +72,7 @@ def check_kernel(kernel: str, q: ArrayView, k: ArrayView, v: ArrayView) -> str:
     """
     if kernel == "plain":
         return kernel
-    problem = mma_problem(q, k, v)
+    problem = mma_problem(inputs)
     if problem is None:
         return "mma"
     if kernel == "mma":
@@ -85,47 +85,20 @@ def is_aligned(view: ArrayView) -> bool:
     return not (view.pointer % VECTOR_BYTES or any(stride * 2 % VECTOR_BYTES for stride in view.strides[:2]))
 
 
-def mma_problem(q: ArrayView, k: ArrayView, v: ArrayView) -> str | None:
-    """Say why ``stage1_mma`` cannot run on these arrays; None where it can."""
-    capability = compute_capability(q.device[1])
-    if capability < MMA_COMPUTE_CAPABILITY:
-        return f"needs compute capability 8.0 or higher, and this GPU has {capability / 10}"
-    for name, view in (("q", q), ("k_buffer", k), ("v_buffer", v)):
+def mma_problem(inputs: Mapping[str, ArrayView]) -> str | None:
+    """Say why the tensor-core kernels cannot run on Q, K and V, given by name; None where they can."""
+    for name, view in inputs.items():
+        capability = compute_capability(view.device[1])
+        if capability < MMA_COMPUTE_CAPABILITY:
+            return f"needs compute capability 8.0 or higher, and this GPU has {capability / 10}"
         if not is_aligned(view):
             return (
                 f"needs every row to start at a multiple of {VECTOR_BYTES} bytes, and {name} has strides of "
                 f"{view.strides} elements from address {view.pointer:#x}"
             )
+        if abs(view.strides[0]) >= 2**31:
+            return f"needs row strides below 2**31 elements, and {name} has strides {view.strides}"
     return None
-
-
-class ForeignStream:
-    """A stream handle in the form that CuPy adopts: an object with ``__cuda_stream__``."""
-
-    def __init__(self, handle: int) -> None:
-        self.handle = handle
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        """Return the protocol's version and the handle."""
-        return (0, self.handle)
-
-
-def use_device(index: int) -> AbstractContextManager[Any]:
-    """Make a GPU the current device."""
-    import cupy
-
-    if cupy.cuda.runtime.getDevice() == index:
-        return nullcontext()
-    return cupy.cuda.Device(index)  # type: ignore[no-any-return]
-
-
-def use_stream(handle: int, device: int) -> AbstractContextManager[Any]:
-    """Make a stream CuPy's current one, the one that RawKernel launches on."""
-    import cupy
-
-    if cupy.cuda.get_current_stream(device).ptr == handle:
-        return nullcontext()
-    return cupy.cuda.Stream.from_external(ForeignStream(handle))  # type: ignore[no-any-return]
 
 
 def decode(
@@ -155,7 +128,7 @@ def decode(
     stream : int
         Handle of the CUDA stream to launch on.
     """
-    with use_stream(stream, q.device[1]):
+    with streams.use_stream(stream, q.device[1]):
         for phase in range(2):
             if phase_node_nums[phase] > 0:
                 launch_stage1(
@@ -224,6 +197,40 @@ def launch_stage2(o: ArrayView, mid: Sequence[int], lists: Sequence[int], merges
     params = np.array((*pointers, *o.strides[:2], merges, num_qo_heads, is_aligned(o), 0), STAGE2_PARAMS)
     config = KernelConfig("stage2", o.dtype, head_dim)
     launch(config, o.device[1], (-(-merges * num_qo_heads // STAGE2_ROWS), 1, 1), params)
+
+
+def run_items(
+    q: ArrayView,
+    k: ArrayView,
+    v: ArrayView,
+    o: ArrayView,
+    mid: Sequence[int],
+    lists: Sequence[int],
+    num_items: int,
+    stages: int,
+    merge: tuple[Sequence[int], int, int],
+    sm_scale: float,
+    logit_cap: float,
+    stream: int,
+) -> None:
+    """Launch ``tree_decode``, and the merge where there is something to merge, on the current device.
+
+    Parameters
+    ----------
+    q, k, v, o : ArrayView
+        As in `fasttree_cupy.DecodePlan.run`, on one CUDA device.
+    mid, lists, num_items, stages
+        See `launch_tree_decode`.
+    merge : (sequence of 3 int, int, int)
+        Arguments of `launch_stage2`: pointers to its lists, number of merges, pointer to their requests.
+    stream : int
+        Handle of the CUDA stream to launch on.
+    """
+    with streams.use_stream(stream, q.device[1]):
+        launch_tree_decode(q, k, v, o, mid, lists, num_items, stages, sm_scale, logit_cap)
+        merge_lists, merges, requests = merge
+        if merges > 0:
+            launch_stage2(o, mid, merge_lists, merges, requests)
 
 
 def launch_tree_decode(

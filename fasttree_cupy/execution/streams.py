@@ -6,9 +6,22 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterable
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["current_stream", "keep_alive", "order_after", "stream_handle"]
+if TYPE_CHECKING:
+    from fasttree_cupy.execution.arrays import ArrayView
+
+__all__ = [
+    "ForeignStream",
+    "current_stream",
+    "keep_alive",
+    "keep_borrowed",
+    "order_after",
+    "stream_handle",
+    "use_device",
+    "use_stream",
+]
 
 
 def stream_handle(stream: Any, framework: str, device_index: int) -> int:
@@ -103,3 +116,39 @@ def keep_alive(stream: int, owners: Iterable[object]) -> None:
         _in_use.append((event, tuple(owners)))
         while _in_use and _in_use[0][0].done:
             _in_use.popleft()
+
+
+def keep_borrowed(stream: int, views: Iterable[ArrayView]) -> None:
+    """Hold those of the arrays whose framework frees memory in an order of its own (see `keep_alive`)."""
+    owners = [view.owner for view in views if view.framework not in ("torch", "cupy")]
+    if owners:
+        keep_alive(stream, owners)
+
+
+class ForeignStream:
+    """A stream handle in the form that CuPy adopts: an object with ``__cuda_stream__``."""
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        """Return the protocol's version and the handle."""
+        return (0, self.handle)
+
+
+def use_device(index: int) -> AbstractContextManager[Any]:
+    """Make a GPU the current device."""
+    import cupy
+
+    if cupy.cuda.runtime.getDevice() == index:
+        return nullcontext()
+    return cupy.cuda.Device(index)  # type: ignore[no-any-return]
+
+
+def use_stream(handle: int, device: int) -> AbstractContextManager[Any]:
+    """Make a stream CuPy's current one, the one that RawKernel launches on."""
+    import cupy
+
+    if cupy.cuda.get_current_stream(device).ptr == handle:
+        return nullcontext()
+    return cupy.cuda.Stream.from_external(ForeignStream(handle))  # type: ignore[no-any-return]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["H200", "Machine"]
+__all__ = ["H200", "Machine", "machine_of"]
 
 
 class Machine(NamedTuple):
@@ -40,3 +40,10 @@ class Machine(NamedTuple):
 
 H200 = Machine(132, 4.5e6, 7.0e6, 0.075, 0.5, 6.0, 3.0)
 """Measured on an H200 (bench/NOTES.md)."""
+
+
+def machine_of(device: int) -> Machine:
+    """Constants for a GPU: those of the H200, with the GPU's own number of multiprocessors."""
+    import cupy
+
+    return H200._replace(multiprocessors=float(cupy.cuda.Device(device).attributes["MultiProcessorCount"]))

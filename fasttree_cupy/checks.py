@@ -1,0 +1,111 @@
+"""Checks of Q, K, V, O and numbers that every way of decoding shares; the messages name the argument."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+
+from fasttree_cupy.execution.arrays import ArrayView
+from fasttree_cupy.execution.kernels import HEAD_DIMS
+
+__all__ = [
+    "check_inputs",
+    "check_output",
+    "check_same",
+    "check_writable",
+    "checked_cap",
+    "checked_float",
+    "is_contiguous",
+]
+
+ELEMENT_DTYPES = ("float16", "bfloat16")
+FLOAT32_TINY, FLOAT32_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+"""The smallest normal number and the largest: the kernels compute in float32."""
+
+
+def checked_float(value: object, name: str) -> float:
+    """`value` as a float; TypeError or ValueError in the name of the argument."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {value!r}, expected a number")
+    try:
+        number = float(value)
+    except OverflowError:  # an integer too large
+        number = math.inf
+    if not abs(number) <= FLOAT32_MAX:
+        raise ValueError(f"{name} is {value!r}, expected a finite number that float32 can hold")
+    return number
+
+
+def checked_cap(value: object) -> float:
+    """The soft cap as a float: the kernels divide by it where it is positive, so float32 must tell it from 0."""
+    cap = checked_float(value, "logit_cap")
+    if 0 < cap < FLOAT32_TINY:
+        raise ValueError(f"logit_cap is {value!r}, expected 0, a negative number, or at least {FLOAT32_TINY}")
+    return cap
+
+
+def check_inputs(views: Mapping[str, ArrayView]) -> None:
+    """Check Q, K and V, given in this order by their arguments' names, against one another."""
+    (q_name, q), (k_name, k), (v_name, v) = views.items()
+    for name, view in views.items():
+        check_element_array(name, view)
+        check_same(name, "dtype", view.dtype, q.dtype)
+        check_same(name, "device", view.device, q.device)
+    if q.shape[2] not in HEAD_DIMS:
+        raise ValueError(f"{q_name} has head_dim {q.shape[2]}, expected one of {', '.join(map(str, HEAD_DIMS))}")
+    if k.shape[2] != q.shape[2]:
+        raise ValueError(f"{k_name} has head_dim {k.shape[2]}, expected {q.shape[2]} as {q_name} has")
+    if v.shape != k.shape:
+        raise ValueError(f"{v_name} has shape {v.shape}, expected {k.shape} as {k_name} has")
+    if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q_name} has {q.shape[1]} heads, expected a multiple of {k_name}'s, {k.shape[1]}")
+
+
+def check_output(o: ArrayView, q: ArrayView, name: str = "o") -> None:
+    """Check O against Q."""
+    check_element_array(name, o)
+    check_same(name, "dtype", o.dtype, q.dtype)
+    check_same(name, "device", o.device, q.device)
+    check_same(name, "shape", o.shape, q.shape)
+    check_writable(name, o)
+    if any(length > 1 and stride == 0 for length, stride in zip(o.shape, o.strides, strict=True)):
+        raise ValueError(f"{name} has strides {o.strides} in elements, expected no two elements in one place")
+
+
+def check_element_array(name: str, view: ArrayView) -> None:
+    """Check what Q, K, V and O have in common."""
+    if view.dtype not in ELEMENT_DTYPES:
+        raise TypeError(f"{name} has dtype {view.dtype}, expected {' or '.join(ELEMENT_DTYPES)}")
+    if len(view.shape) != 3:
+        raise ValueError(f"{name} has shape {view.shape}, expected three dimensions: rows, heads, head_dim")
+    if view.shape[2] > 1 and view.strides[2] != 1 and 0 not in view.shape:
+        raise ValueError(f"{name} has strides {view.strides} in elements, expected a contiguous last axis")
+
+
+def check_same(name: str, what: str, actual: object, expected: object) -> None:
+    """Raise unless an array's property is the expected one: TypeError for a dtype, else ValueError."""
+    if actual != expected:
+        error = TypeError if what == "dtype" else ValueError
+        raise error(f"{name} has {what} {actual}, expected {expected}")
+
+
+def check_writable(name: str, view: ArrayView) -> None:
+    """Raise where an array that must be written cannot be."""
+    if view.writable:
+        return
+    if view.framework == "jax":
+        raise TypeError(f"{name} is a JAX array, which cannot be written, expected None to get a new one")
+    raise ValueError(f"{name} is read-only, expected an array that can be written")
+
+
+def is_contiguous(view: ArrayView) -> bool:
+    """Whether an array lies in row-major order without gaps; strides of axes of length 1 do not matter."""
+    if 0 in view.shape:
+        return True
+    expected = 1
+    for length, stride in zip(reversed(view.shape), reversed(view.strides), strict=True):
+        if length > 1 and stride != expected:
+            return False
+        expected *= length
+    return True

@@ -1,0 +1,163 @@
+"""What a `DecodePlan` runs: a planned tree on its device, with its workspace."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from fasttree_cupy.execution import cpu, cuda
+from fasttree_cupy.execution.arrays import ArrayView, as_numpy, view
+from fasttree_cupy.execution.kernels import MMA_COMPUTE_CAPABILITY, TREE_DECODE_STAGES, block_warps
+from fasttree_cupy.execution.upload import upload
+from fasttree_cupy.metadata import MetadataTuple, PhaseNodeNums
+
+if TYPE_CHECKING:
+    from fasttree_cupy.planning.greedy import GreedyPlan
+    from fasttree_cupy.planning.subtree import SubtreePlan
+
+__all__ = ["HeuristicSchedule", "Schedule", "SubtreeSchedule"]
+
+
+class Schedule(Protocol):
+    """Something that decodes checked arrays."""
+
+    workspace_bytes: int
+
+    def check(self, q: ArrayView, k: ArrayView, v: ArrayView) -> None:
+        """Raise ValueError where this schedule cannot run on the arrays."""
+
+    def run(
+        self,
+        q: ArrayView,
+        k: ArrayView,
+        v: ArrayView,
+        o: ArrayView,
+        sm_scale: float,
+        logit_cap: float,
+        stream: int | None,
+    ) -> None:
+        """Decode into ``o``; on a GPU the work is queued on a stream."""
+
+
+class SubtreeSchedule:
+    """Items of our own planner, run by ``tree_decode``; a merge follows where tokens were cut."""
+
+    def __init__(self, made: SubtreePlan, num_qo_heads: int, head_dim: int, device: int) -> None:
+        import cupy
+
+        self.num_items = len(made.items)
+        self.num_merges = len(made.merge_requests)
+        self.row_warps = made.row_warps
+        self.stages = TREE_DECODE_STAGES[0]
+        partials = len(made.merge_entries)
+        # Held here: the kernels get bare pointers.
+        self.arrays = upload(made[:7], device)
+        with cupy.cuda.Device(device):
+            self.mid_o = cupy.empty((partials, num_qo_heads, head_dim), np.float32)
+            self.mid_lse = cupy.empty((partials, num_qo_heads), np.float32)
+        self.workspace_bytes = int(self.mid_o.nbytes + self.mid_lse.nbytes)
+        items, segments, order, requests, entries, offs, lens = (array.data.ptr for array in self.arrays)
+        self.mid = (self.mid_o.data.ptr, self.mid_lse.data.ptr)
+        self.lists = (items, segments, order)
+        self.merge_lists = (entries, offs, lens)
+        self.merge_requests = requests
+
+    @staticmethod
+    def problem(device: str, group: int, head_dim: int) -> str | None:
+        """Say why ``tree_decode`` cannot serve a device and head layout; None where it can."""
+        capability = cuda.compute_capability(int(device.removeprefix("cuda:")))
+        if capability < MMA_COMPUTE_CAPABILITY:
+            return f"compute capability {capability / 10} has no bfloat16 tensor cores"
+        if group > 16 * block_warps(head_dim):
+            return f"{group} query heads a KV head are more than a block's rows"
+        return None
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_items} items a KV head of up to {16 * self.row_warps} rows, {self.num_merges} requests merged, "
+            f"{self.workspace_bytes} bytes of workspace"
+        )
+
+    def check(self, q: ArrayView, k: ArrayView, v: ArrayView) -> None:
+        """Raise ValueError where rows are not aligned."""
+        problem = cuda.mma_problem({"q": q, "k": k, "v": v})
+        if problem is not None:
+            raise ValueError(f"the plan's kernel {problem}")
+
+    def run(
+        self,
+        q: ArrayView,
+        k: ArrayView,
+        v: ArrayView,
+        o: ArrayView,
+        sm_scale: float,
+        logit_cap: float,
+        stream: int | None,
+    ) -> None:
+        """Queue one launch, or two where requests are merged."""
+        if stream is None:
+            raise ValueError("stream is None, expected the handle of a CUDA stream")
+        cuda.run_items(
+            q,
+            k,
+            v,
+            o,
+            self.mid,
+            self.lists,
+            self.num_items,
+            self.stages,
+            (self.merge_lists, self.num_merges, self.merge_requests),
+            sm_scale,
+            logit_cap,
+            stream,
+        )
+
+
+class HeuristicSchedule:
+    """The documented heuristic's metadata: for the CPU, and for what ``tree_decode`` does not serve."""
+
+    def __init__(self, made: GreedyPlan, num_tokens: int, num_qo_heads: int, head_dim: int, device: str) -> None:
+        partials = len(made.vnode_to_q_entries)
+        shapes = ((partials, num_qo_heads, head_dim), (partials, num_qo_heads))
+        self.q_tile_sizes = made.q_tile_sizes
+        lists: list[Any] = list(made[:9])
+        if device == "cpu":
+            mid = [np.empty(shape, np.float32) for shape in shapes]
+        else:
+            import cupy
+
+            index = int(device.removeprefix("cuda:"))
+            lists = upload(lists, index)
+            with cupy.cuda.Device(index):
+                mid = [cupy.empty(shape, np.float32) for shape in shapes]
+        nums = PhaseNodeNums(made.phase_node_nums, num_tokens)
+        self.metadata = MetadataTuple._make([*lists, *mid, nums, made.phase_node_offsets])
+        self.views = [view(name, self.metadata[i]) for i, name in enumerate(MetadataTuple._fields[:11])]
+        self.workspace_bytes = int(mid[0].nbytes + mid[1].nbytes)
+
+    def __str__(self) -> str:
+        nums = self.metadata.phase_node_nums
+        return f"{nums[0]} + {nums[1]} vnodes, {self.workspace_bytes} bytes of workspace"
+
+    def check(self, q: ArrayView, k: ArrayView, v: ArrayView) -> None:
+        """Any arrays will do."""
+
+    def run(
+        self,
+        q: ArrayView,
+        k: ArrayView,
+        v: ArrayView,
+        o: ArrayView,
+        sm_scale: float,
+        logit_cap: float,
+        stream: int | None,
+    ) -> None:
+        """Run stage 1 and stage 2."""
+        if stream is None:
+            operands = (as_numpy(q), as_numpy(k), as_numpy(v), as_numpy(o))
+            cpu.decode(*operands, self.metadata, sm_scale, logit_cap)
+            return
+        nums, offsets = self.metadata.phase_node_nums, self.metadata.phase_node_offsets
+        kernel = cuda.check_kernel("auto", {"q": q, "k": k, "v": v})
+        cuda.decode(q, k, v, o, self.views, nums, offsets, self.q_tile_sizes, sm_scale, logit_cap, kernel, stream)

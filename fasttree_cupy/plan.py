@@ -1,0 +1,189 @@
+"""Plan once a tree, run once a layer: `plan_decode` and `DecodePlan`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+from fasttree_cupy.checks import check_inputs, check_output, check_same, checked_cap, checked_float
+from fasttree_cupy.execution import arrays, streams
+from fasttree_cupy.execution.arrays import ArrayView
+from fasttree_cupy.execution.device import resolve_device
+from fasttree_cupy.execution.kernels import HEAD_DIMS
+from fasttree_cupy.execution.schedule import HeuristicSchedule, Schedule, SubtreeSchedule
+from fasttree_cupy.params import FastTreeParams, checked_heads, checked_int, preset
+from fasttree_cupy.planning import greedy, subtree
+from fasttree_cupy.planning.machine import machine_of
+from fasttree_cupy.tree import KVTree, KVTreeNode, as_tree
+
+__all__ = ["DecodePlan", "plan_decode"]
+
+
+def plan_decode(
+    tree_info: KVTree | Sequence[KVTreeNode],
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    device: str | None = None,
+) -> DecodePlan:
+    """Plan the decoding of a tree.
+
+    Parameters
+    ----------
+    tree_info : KVTree or sequence of KVTreeNode
+        The tree, ``requests`` filled.
+    num_qo_heads, num_kv_heads : int
+        Query and KV heads; the first is a multiple of the second.
+    head_dim : int
+        One of 16, 32, 64, 128, 256.
+    device : str, optional
+        "cpu", "cuda" or "cuda:<n>"; by default the GPU where one is usable, else the CPU.
+
+    Returns
+    -------
+    DecodePlan
+        Owns its arrays and its workspace on the device.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is wrong; the message names it.
+    """
+    tree = as_tree(tree_info)
+    heads, kv_heads = checked_heads(num_qo_heads, num_kv_heads)
+    if checked_int(head_dim, "head_dim") not in HEAD_DIMS:
+        raise ValueError(f"head_dim is {head_dim}, expected one of {', '.join(map(str, HEAD_DIMS))}")
+    place = resolve_device(device)
+    return DecodePlan(tree, heads, kv_heads, int(head_dim), place)
+
+
+class DecodePlan:
+    """A tree planned for one head layout and device; made by `plan_decode`.
+
+    Attributes
+    ----------
+    batch_size, num_tokens : int
+        Requests, and rows that K and V must have.
+    num_qo_heads, num_kv_heads, head_dim : int
+        Head layout.
+    device : str
+        "cpu" or "cuda:<n>".
+    schedule : Schedule
+        What runs: printable, with its tile sizes and counts.
+    workspace_bytes : int
+        Bytes of the workspace for partial outputs.
+
+    Notes
+    -----
+    Nothing but `run` writes to the plan's memory, and only to its workspace: two runs of one plan must not overlap.
+    """
+
+    def __init__(self, tree: KVTree, num_qo_heads: int, num_kv_heads: int, head_dim: int, device: str) -> None:
+        self.batch_size = tree.batch_size
+        self.num_tokens = tree.unique_tokens
+        self.num_qo_heads = num_qo_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.device = device
+        self.schedule = make_schedule(tree, num_qo_heads, num_kv_heads, head_dim, device)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of the workspace for partial outputs."""
+        return self.schedule.workspace_bytes
+
+    def __repr__(self) -> str:
+        return (
+            f"DecodePlan({self.batch_size} requests, {self.num_tokens} tokens, heads {self.num_qo_heads}/"
+            f"{self.num_kv_heads}, head_dim {self.head_dim}, {self.device}: {self.schedule})"
+        )
+
+    def run(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        out: Any = None,
+        *,
+        sm_scale: float | None = None,
+        logit_cap: float = -1,
+        stream: Any = None,
+    ) -> Any:
+        """Attend every request to the tokens on its path.
+
+        Parameters
+        ----------
+        q : array, float16 or bfloat16, shape (batch_size, num_qo_heads, head_dim)
+            One query a request, on the plan's device, from NumPy, CuPy, torch, JAX or any library with
+            ``__dlpack__``. The last axis is contiguous, here and below; on a GPU rows start at multiples of 16 bytes.
+        k, v : array, dtype of q, shape (num_tokens, num_kv_heads, head_dim)
+            Node i's tokens in rows ``tree.kv_ptrs[i]`` to ``tree.kv_ptrs[i + 1]``.
+        out : array, dtype and shape of q, optional
+            Written in place. By default a new array of q's framework is returned.
+        sm_scale : float, optional
+            Factor of the scores; by default ``head_dim ** -0.5``.
+        logit_cap : float
+            Soft cap where positive: a score becomes ``logit_cap * tanh(score / logit_cap)``.
+        stream : int, CuPy stream, object with ``__cuda_stream__`` or ``cuda_stream``, optional
+            CUDA stream to work on; by default the caller's current one: torch's for torch tensors, else CuPy's.
+
+        Returns
+        -------
+        array
+            ``out``, or the new array.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument is wrong or does not fit the plan; the message names it, and nothing was written.
+        """
+        scale = self.head_dim**-0.5 if sm_scale is None else checked_float(sm_scale, "sm_scale")
+        cap = checked_cap(logit_cap)
+        kind, _, index = self.device.partition(":")
+        place = (kind, int(index or 0))
+        check_same("q", "device", arrays.device_of("q", q), place)
+        if kind == "cpu" and stream is not None:
+            raise ValueError(f"stream is {stream!r}, but q lies on the CPU, expected stream left out")
+        with nullcontext() if kind == "cpu" else streams.use_device(place[1]):
+            handle = None
+            if kind == "cuda":
+                handle = streams.stream_handle(stream, arrays.framework_of(q), place[1])
+            q_view, k_view, v_view = (
+                arrays.view(name, array, handle) for name, array in (("q", q), ("k", k), ("v", v))
+            )
+            self._check(q_view, k_view, v_view)
+            result = arrays.empty(q_view.shape, q_view.dtype, q_view) if out is None else out
+            o_view = arrays.view("out", result, handle)
+            check_output(o_view, q_view, "out")
+            self.schedule.run(q_view, k_view, v_view, o_view, scale, cap, handle)
+            if handle is not None:
+                streams.keep_borrowed(handle, (q_view, k_view, v_view, o_view))
+            if out is not None:
+                return out
+            with nullcontext() if handle is None else streams.use_stream(handle, place[1]):
+                return arrays.hand_back(result, q_view)
+
+    def _check(self, q: ArrayView, k: ArrayView, v: ArrayView) -> None:
+        """Check the inputs against one another and against the plan."""
+        check_inputs({"q": q, "k": k, "v": v})
+        check_same("q", "shape", q.shape, (self.batch_size, self.num_qo_heads, self.head_dim))
+        check_same("k", "shape", k.shape, (self.num_tokens, self.num_kv_heads, self.head_dim))
+        self.schedule.check(q, k, v)
+
+
+def make_schedule(tree: KVTree, num_qo_heads: int, num_kv_heads: int, head_dim: int, device: str) -> Schedule:
+    """Plan a tree for a device: our own planner where ``tree_decode`` can run, else the documented heuristic."""
+    group = num_qo_heads // num_kv_heads
+    if device != "cpu" and SubtreeSchedule.problem(device, group, head_dim) is None:
+        index = int(device.removeprefix("cuda:"))
+        made = subtree.plan(tree, group, num_kv_heads, head_dim, machine_of(index))
+        return SubtreeSchedule(made, num_qo_heads, head_dim, index)
+    chosen = preset("H100")
+    params = FastTreeParams.for_gpu("H100", group)
+    heuristic = greedy.plan(
+        tree, chosen.kv_split_sizes, chosen.para_threshs1, chosen.para_threshs2, num_kv_heads,
+        params.alpha, params.beta, params.gamma, params.TSQs, params.TSKs, group,
+    )  # fmt: skip
+    return HeuristicSchedule(heuristic, tree.unique_tokens, num_qo_heads, head_dim, device)
