@@ -7,7 +7,8 @@ from typing import Any
 __all__ = ["display_name", "megabytes"]
 
 NAMES = {
-    "fasttree_cupy": "fasttree-cupy",
+    "fasttree_cupy_plan": "fasttree-cupy, DecodePlan",
+    "fasttree_cupy": "fasttree-cupy, documented",
     "fasttree_triton": "FastTree (Triton)",
     "flashinfer_cascade": "FlashInfer cascade",
     "flashinfer_decode": "FlashInfer decode",

@@ -8,6 +8,7 @@ import pytest
 
 from fasttree_cupy.execution import cuda, kernels
 from fasttree_cupy.execution.kernels import HEAD_DIMS, KernelConfig, all_configs, choose_tile, tiles
+from fasttree_cupy.planning.subtree import ITEM_FIELDS
 
 SMALLEST_SHARED_MEMORY = 99 * 1024
 """Most that a block gets on compute capability 8.6, 8.9 and 12.0."""
@@ -16,6 +17,9 @@ SMALLEST_SHARED_MEMORY = 99 * 1024
 def test_parameter_structs_have_the_size_that_the_sources_assert() -> None:
     header = (kernels.cuda_src() / "include" / "stage1_params.cuh").read_text()
     assert f"static_assert(sizeof(Stage1Params) == {cuda.STAGE1_PARAMS.itemsize}" in header
+    plan = (kernels.cuda_src() / "include" / "plan.cuh").read_text()
+    assert f"static_assert(sizeof(TreeDecodeParams) == {cuda.TREE_DECODE_PARAMS.itemsize}" in plan
+    assert f"static_assert(sizeof(Item) == {4 * len(ITEM_FIELDS)}" in plan
     assert f"static_assert(sizeof(Stage2Params) == {cuda.STAGE2_PARAMS.itemsize}" in kernels.source_text("stage2")
 
 
@@ -27,9 +31,10 @@ def test_no_source_includes_a_toolkit_header() -> None:
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_every_tile_fits_every_gpu(head_dim: int) -> None:
-    for tile in tiles(head_dim):
-        config = KernelConfig("stage1_mma", "float16", head_dim, tile)
+def test_every_kernel_fits_every_gpu(head_dim: int) -> None:
+    configs = [config for config in all_configs(80) if config.head_dim == head_dim]
+    assert len(configs) == 2 * (2 + len(tiles(head_dim)) + 1)
+    for config in configs:
         assert config.shared_bytes <= SMALLEST_SHARED_MEMORY
         assert config.threads <= 1024
 
@@ -48,8 +53,8 @@ def test_more_rows_than_a_block_holds_take_the_largest_tile() -> None:
 
 
 def test_old_gpus_get_no_tensor_core_kernel() -> None:
-    assert not any(config.name == "stage1_mma" for config in all_configs(75))
-    assert len(all_configs(80)) == 2 * 5 * (2 + 4)
+    assert {config.name for config in all_configs(75)} == {"stage1_plain", "stage2"}
+    assert {config.name for config in all_configs(80)} == {"stage1_plain", "stage1_mma", "stage2", "tree_decode"}
 
 
 def test_the_digest_covers_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

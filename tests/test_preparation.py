@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from fasttree_cupy.execution.device import gpu_problem
+from fasttree_cupy.execution.upload import pack
 from fasttree_cupy.kv_tree_simple import KVTreeNode
 from fasttree_cupy.metadata import MetadataTuple, PhaseNodeNums
 from fasttree_cupy.params import FastTreeParams
-from fasttree_cupy.preparation import _pack, fasttree_preparation
+from fasttree_cupy.preparation import fasttree_preparation
 from fasttree_cupy.tree import KVTree
 
 CASES: list[dict[str, Any]] = json.loads(
@@ -213,7 +214,7 @@ def test_default_device_without_a_gpu_is_the_cpu() -> None:
 
 def test_pack_aligns_each_array() -> None:
     arrays = [np.arange(n, dtype=np.int32) for n in (33, 0, 32, 1)]
-    packed, starts = _pack(arrays)
+    packed, starts = pack(arrays)
     assert starts == [0, 64, 64, 96]
     assert len(packed) == 128
     for start, a in zip(starts, arrays, strict=True):

@@ -8,10 +8,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["upload"]
+__all__ = ["pack", "upload"]
 
 ALIGNMENT = 32
 """Elements: each array starts at a multiple of 128 bytes, a full memory transaction on every GPU."""
+
+
+def pack(arrays: Sequence[npt.NDArray[np.int32]]) -> tuple[npt.NDArray[np.int32], list[int]]:
+    """All arrays in one, and where each starts: at a multiple of `ALIGNMENT`."""
+    starts, total = [], 0
+    for array in arrays:
+        starts.append(total)
+        total += -(-array.size // ALIGNMENT) * ALIGNMENT
+    packed = np.zeros(total, np.int32)
+    for start, array in zip(starts, arrays, strict=True):
+        packed[start : start + array.size] = array.ravel()
+    return packed, starts
 
 
 def upload(arrays: Sequence[npt.NDArray[np.int32]], device: int) -> list[Any]:
@@ -24,13 +36,7 @@ def upload(arrays: Sequence[npt.NDArray[np.int32]], device: int) -> list[Any]:
     """
     import cupy
 
-    starts, total = [], 0
-    for array in arrays:
-        starts.append(total)
-        total += -(-array.size // ALIGNMENT) * ALIGNMENT
-    packed = np.zeros(total, np.int32)
-    for start, array in zip(starts, arrays, strict=True):
-        packed[start : start + array.size] = array.ravel()
+    packed, starts = pack(arrays)
     with cupy.cuda.Device(device):
         buffer = cupy.asarray(packed)
         cupy.cuda.get_current_stream().synchronize()

@@ -1,0 +1,52 @@
+"""Small runs of every kernel for compute-sanitizer: ``compute-sanitizer --tool memcheck python -m tests.sanitize``.
+
+Results are not looked at here; test_decode.py and test_plan.py do that. Exit status 2 where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import fasttree_cupy as ft
+from fasttree_cupy.execution.device import gpu_problem
+
+LAYOUTS = ((2, 2, 16, "float16"), (6, 2, 128, "bfloat16"), (16, 1, 256, "float16"))
+TREES = (ft.KVTree.from_levels([1, 2, 20], [70, 33, 9]), ft.KVTree.from_levels([1, 3], [900, 17]))
+
+
+def main() -> int:
+    """Run every kernel at several head dims, groups and dtypes."""
+    problem = gpu_problem()
+    if problem is not None:
+        print(f"no GPU: {problem}", file=sys.stderr)
+        return 2
+    import cupy
+
+    runs = 0
+    for tree in TREES:
+        for heads, kv_heads, head_dim, dtype in (
+            (2, 2, 16, "float16"),
+            (6, 2, 128, "bfloat16"),
+            (16, 1, 256, "float16"),
+        ):
+            q, _, _, _, k, v, kv_ptrs = ft.qkv_preparation(tree, heads, kv_heads, head_dim, "cuda", dtype, seed=1)
+            for params in (ft.FastTreeParams.for_gpu("H100", heads // kv_heads), ft.FastTreeParams()):
+                params.set_kv_group_num(heads // kv_heads)
+                metadata, _ = ft.fasttree_preparation(
+                    tree, kv_ptrs, tree.batch_size, heads, kv_heads, head_dim,
+                    [256, 64], [132, 528], [132, 132], params, device="cuda", verbose=False,
+                )  # fmt: skip
+                for kernel in ("mma", "plain"):
+                    ft.fasttree_decode(
+                        q, k, v, None, *metadata, params.TSQs, params.TSKs, head_dim**-0.5, kernel=kernel
+                    )
+                    runs += 1
+            ft.plan_decode(tree, heads, kv_heads, head_dim, device="cuda").run(q, k, v)
+            runs += 1
+    cupy.cuda.Device().synchronize()
+    print(f"{runs} runs")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
