@@ -6,11 +6,11 @@
 #include "plan.cuh"
 #include "warp_rows.cuh"
 
-#if !defined(FT_STAGES)
-#error "FT_STAGES is given by kernels.py"
+#if !defined(FT_BLOCK_WARPS) || !defined(FT_STAGES)
+#error "FT_BLOCK_WARPS and FT_STAGES are given by kernels.py"
 #endif
 
-constexpr int kWarps = kHeadDim <= 128 ? 4 : 2;  // as tree_decode's threads in kernels.py
+constexpr int kWarps = FT_BLOCK_WARPS;
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kStages = FT_STAGES;
 constexpr int kWarpTokens = 16;  // tokens that a warp gathers at a time
@@ -262,7 +262,7 @@ tree_decode(const __grid_constant__ TreeDecodeParams p) {
     };
     rows.load_queries(query, role.row_warp * 16, num_rows, role.lane);
 
-    if (role.row_warps > 1) {
+    if (kWarps > 1 && role.row_warps > 1) {
         const int* bounds = item.shared + role.group;
         attend_list<true>(rows, operands, role, p.segments + bounds[0], p.segments + bounds[1], ring);
     }

@@ -33,8 +33,8 @@ MOST_SECONDS = 2.0
 CHECKED_ELEMENTS = 2**27
 """Elements of K that the float64 check reads at most: one or two seconds' work on a core."""
 FLUSH_BYTES, FLUSHES = 2**29, 4
-"""Written before each timed run on a GPU: several times the largest L2, and so often that the host, which meanwhile queues
-the run, is done first: the time between the events is the GPU's."""
+"""Written before each timed run on a GPU: several times the largest L2, and so often that the host, which meanwhile
+queues the run, is done first: the time between the events is the GPU's."""
 
 Array = npt.NDArray[Any]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import streams
-from .kernels import MMA_COMPUTE_CAPABILITY, KernelConfig, choose_tile, load_kernel
+from .kernels import MMA_COMPUTE_CAPABILITY, KernelConfig, choose_tile, load_kernel, tree_decode_config
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -207,7 +207,7 @@ def run_items(
     mid: Sequence[int],
     lists: Sequence[int],
     num_items: int,
-    stages: int,
+    block_warps: int,
     merge: tuple[Sequence[int], int, int],
     sm_scale: float,
     logit_cap: float,
@@ -219,7 +219,7 @@ def run_items(
     ----------
     q, k, v, o : ArrayView
         As in `fasttree_cupy.DecodePlan.run`, on one CUDA device.
-    mid, lists, num_items, stages
+    mid, lists, num_items, block_warps
         See `launch_tree_decode`.
     merge : (sequence of 3 int, int, int)
         Arguments of `launch_stage2`: pointers to its lists, number of merges, pointer to their requests.
@@ -227,7 +227,7 @@ def run_items(
         Handle of the CUDA stream to launch on.
     """
     with streams.use_stream(stream, q.device[1]):
-        launch_tree_decode(q, k, v, o, mid, lists, num_items, stages, sm_scale, logit_cap)
+        launch_tree_decode(q, k, v, o, mid, lists, num_items, block_warps, sm_scale, logit_cap)
         merge_lists, merges, requests = merge
         if merges > 0:
             launch_stage2(o, mid, merge_lists, merges, requests)
@@ -241,7 +241,7 @@ def launch_tree_decode(
     mid: Sequence[int],
     schedule: Sequence[int],
     num_items: int,
-    stages: int,
+    block_warps: int,
     sm_scale: float,
     logit_cap: float,
 ) -> None:
@@ -255,8 +255,8 @@ def launch_tree_decode(
         Pointers to the items, the segments and the order of the requests.
     num_items : int
         Number of items.
-    stages : int
-        Tiles in the ring of a warp.
+    block_warps : int
+        Warps of a block.
     """
     num_qo_heads, head_dim = q.shape[1:]
     num_kv_heads = k.shape[1]
@@ -264,7 +264,7 @@ def launch_tree_decode(
     strides = (*q.strides[:2], *k.strides[:2], *v.strides[:2], *o.strides[:2])
     numbers = (num_kv_heads, num_qo_heads // num_kv_heads, sm_scale, logit_cap, is_aligned(o), 0)
     params = np.array((*pointers, *strides, *numbers), TREE_DECODE_PARAMS)
-    config = KernelConfig("tree_decode", q.dtype, head_dim, stages=stages)
+    config = tree_decode_config(q.dtype, head_dim, block_warps)
     launch(config, q.device[1], (num_items * num_kv_heads, 1, 1), params)
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "compile_options",
     "load_kernel",
     "source_text",
+    "tree_decode_config",
 ]
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -29,13 +30,13 @@ DEFAULT_SHARED_BYTES = 48 * 1024
 MMA_COMPUTE_CAPABILITY = 80
 """Compute capability times ten from which ``stage1_mma`` runs: it needs cp.async and bfloat16 products."""
 
-TREE_DECODE_STAGES = (2,)
-"""Tiles in the ring of ``tree_decode``: what a plan may choose from."""
+TREE_DECODE_STAGES = 2
+"""Tiles in the ring of each warp of ``tree_decode``."""
 
 
-def block_warps(head_dim: int) -> int:
-    """Warps of a block of ``tree_decode``; at head_dim 256 four would need too much shared memory."""
-    return 4 if head_dim <= 128 else 2
+def block_warps(head_dim: int) -> tuple[int, int]:
+    """Warps that a block of ``tree_decode`` may have; at head_dim 256 four would need too much shared memory."""
+    return (1, 4 if head_dim <= 128 else 2)
 
 
 @dataclass(frozen=True)
@@ -85,21 +86,22 @@ class KernelConfig:
         One of `HEAD_DIMS`.
     tile : MmaTile or None
         Tile shape; only ``stage1_mma`` has one.
-    stages : int
-        Tiles in the ring of ``tree_decode``; the other kernels leave it 0.
+    block_warps, stages : int
+        Warps of a block of ``tree_decode``, and tiles in the ring of each; the other kernels leave them 0.
     """
 
     name: str
     dtype: str
     head_dim: int
     tile: MmaTile | None = None
+    block_warps: int = 0
     stages: int = 0
 
     @property
     def threads(self) -> int:
         """Threads a block; the same sum stands in ``stage1_mma.cu``."""
         if self.name == "tree_decode":
-            return 32 * block_warps(self.head_dim)
+            return 32 * self.block_warps
         if self.tile is None:
             return 128
         return 32 * self.tile.row_warps * self.tile.token_warps
@@ -108,7 +110,7 @@ class KernelConfig:
     def shared_bytes(self) -> int:
         """Dynamic shared memory a block, in bytes; ``stage1_mma.cu`` asserts the same number."""
         if self.name == "tree_decode":
-            return block_warps(self.head_dim) * self.stages * 2 * 16 * self.head_dim * 2
+            return self.block_warps * self.stages * 2 * 16 * self.head_dim * 2
         if self.tile is None:
             return 0
         return self.tile.stages * 2 * self.tile.kv_tile * self.head_dim * 2
@@ -124,7 +126,7 @@ class KernelConfig:
                 "FT_STAGES": self.tile.stages,
             }
         if self.name == "tree_decode":
-            options["FT_STAGES"] = self.stages
+            options |= {"FT_BLOCK_WARPS": self.block_warps, "FT_STAGES": self.stages}
         if self.shared_bytes:
             options["FT_SHARED_BYTES"] = self.shared_bytes
         return options
@@ -170,6 +172,11 @@ def choose_tile(query_rows: int, blocks: int, multiprocessors: int, head_dim: in
     return next((tile for tile in ROW_TILES if tile.rows >= query_rows), ROW_TILES[-1])
 
 
+def tree_decode_config(dtype: str, head_dim: int, warps: int) -> KernelConfig:
+    """Configuration of ``tree_decode`` with this many warps a block."""
+    return KernelConfig("tree_decode", dtype, head_dim, block_warps=warps, stages=TREE_DECODE_STAGES)
+
+
 def all_configs(compute_capability: int) -> list[KernelConfig]:
     """Every configuration that a GPU of this compute capability (times ten) may be asked to run."""
     configs = []
@@ -177,7 +184,7 @@ def all_configs(compute_capability: int) -> list[KernelConfig]:
         configs += [KernelConfig(name, dtype, head_dim) for name in ("stage1_plain", "stage2")]
         if compute_capability >= MMA_COMPUTE_CAPABILITY:
             configs += [KernelConfig("stage1_mma", dtype, head_dim, tile) for tile in tiles(head_dim)]
-            configs += [KernelConfig("tree_decode", dtype, head_dim, stages=n) for n in TREE_DECODE_STAGES]
+            configs += [tree_decode_config(dtype, head_dim, warps) for warps in block_warps(head_dim)]
     return configs
 
 

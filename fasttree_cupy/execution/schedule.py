@@ -8,7 +8,7 @@ import numpy as np
 
 from fasttree_cupy.execution import cpu, cuda
 from fasttree_cupy.execution.arrays import ArrayView, as_numpy, view
-from fasttree_cupy.execution.kernels import MMA_COMPUTE_CAPABILITY, TREE_DECODE_STAGES, block_warps
+from fasttree_cupy.execution.kernels import MMA_COMPUTE_CAPABILITY, block_warps
 from fasttree_cupy.execution.upload import upload
 from fasttree_cupy.metadata import MetadataTuple, PhaseNodeNums
 
@@ -49,7 +49,7 @@ class SubtreeSchedule:
         self.num_items = len(made.items)
         self.num_merges = len(made.merge_requests)
         self.row_warps = made.row_warps
-        self.stages = TREE_DECODE_STAGES[0]
+        self.block_warps = made.block_warps
         partials = len(made.merge_entries)
         # Held here: the kernels get bare pointers.
         self.arrays = upload(made[:7], device)
@@ -69,7 +69,7 @@ class SubtreeSchedule:
         capability = cuda.compute_capability(int(device.removeprefix("cuda:")))
         if capability < MMA_COMPUTE_CAPABILITY:
             return f"compute capability {capability / 10} has no bfloat16 tensor cores"
-        if group > 16 * block_warps(head_dim):
+        if group > 16 * max(block_warps(head_dim)):
             return f"{group} query heads a KV head are more than a block's rows"
         return None
 
@@ -106,7 +106,7 @@ class SubtreeSchedule:
             self.mid,
             self.lists,
             self.num_items,
-            self.stages,
+            self.block_warps,
             (self.merge_lists, self.num_merges, self.merge_requests),
             sm_scale,
             logit_cap,

@@ -18,9 +18,11 @@ class Machine(NamedTuple):
         Bytes that device memory delivers in a microsecond.
     l2 : float
         Bytes that the L2 cache delivers in a microsecond.
-    step_busy : float
-        Microseconds that a multiprocessor spends on one step of one warp (16 rows, 16 tokens, head_dim 128) when it
-        has enough warps.
+    own_step, shared_step : float
+        Microseconds that a multiprocessor with enough warps spends on one step of one warp (16 rows, 16 tokens,
+        head_dim 128), whose tokens the warp gathers for itself, or with other row warps.
+    warp_start : float
+        The same for what a warp does once an item: fetch queries, merge, write.
     step_latency : float
         Microseconds from one step of a warp to its next when the multiprocessor is otherwise idle.
     start : float
@@ -32,13 +34,15 @@ class Machine(NamedTuple):
     multiprocessors: float
     hbm: float
     l2: float
-    step_busy: float
+    own_step: float
+    shared_step: float
+    warp_start: float
     step_latency: float
     start: float
     merge: float
 
 
-H200 = Machine(132, 4.5e6, 7.0e6, 0.075, 0.5, 6.0, 3.0)
+H200 = Machine(132, 4.5e6, 7.0e6, 0.15, 0.1, 0.5, 0.6, 9.0, 4.0)
 """Measured on an H200 (bench/NOTES.md)."""
 
 

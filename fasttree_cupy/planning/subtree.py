@@ -52,8 +52,8 @@ class SubtreePlan(NamedTuple):
         Rows of the partial outputs, a request's together.
     merge_offs, merge_lens : int32 (M,)
         Request ``merge_requests[i]`` merges ``merge_entries[offs[i] : offs[i] + lens[i]]``.
-    row_warps : int
-        Warps that split a tile's rows.
+    block_warps, row_warps : int
+        Warps of a block, and those that split a tile's rows.
     longest : int
         Limit of an item's length, in steps of a warp.
     estimate_us : float
@@ -67,6 +67,7 @@ class SubtreePlan(NamedTuple):
     merge_entries: Int32Array
     merge_offs: Int32Array
     merge_lens: Int32Array
+    block_warps: int
     row_warps: int
     longest: int
     estimate_us: float
@@ -91,33 +92,58 @@ def plan(tree: KVTree, group: int, num_kv_heads: int, head_dim: int, machine: Ma
     ValueError
         If `group` is larger than the kernel's tiles.
     """
-    block_warps = 4 if head_dim <= 128 else 2
-    choices = [warps for warps in (1, 2, 4) if warps <= block_warps and warps * WARP_ROWS >= group]
+    choices = tile_shapes(group, head_dim)
     if not choices:
-        raise ValueError(f"group is {group}, expected at most {block_warps * WARP_ROWS} at head_dim {head_dim}")
+        raise ValueError(
+            f"group is {group}, expected at most {WARP_ROWS * most_warps(head_dim)} at head_dim {head_dim}"
+        )
     begins, ends, request_order = _positions(
         tree.parent, tree.breadth_first, tree.request_node, np.empty(tree.batch_size, np.int32)
     )
     layout = (tree.breadth_first, tree.seqlen, tree.kv_ptrs, begins, ends, tree.batch_size, group)
-    best = None
-    for row_warps in choices:
-        bounds, segments, steps = _tiles(*layout, row_warps, block_warps)
-        costs = _costs(
-            steps, row_warps, group, tree.batch_size, tree.unique_tokens, num_kv_heads, head_dim,
-            np.array(_LONGEST, np.int64), _token_reads(segments), np.array(machine, np.float64), block_warps,
-        )  # fmt: skip
+    heads = (group, tree.batch_size, tree.unique_tokens, num_kv_heads, head_dim)
+    limits, constants = np.array(_LONGEST, np.int64), np.array(machine, np.float64)
+    best: tuple[float, TileShape, int, Int64Array, Int32Array, Int64Array] | None = None
+    for shape in choices:
+        bounds, segments, steps, work = _tiles(*layout, *shape)
+        costs = _costs(steps, work, *heads, *shape, limits, constants)
         cheapest = int(np.argmin(costs))
         if best is None or costs[cheapest] < best[0]:
-            best = (float(costs[cheapest]), row_warps, _LONGEST[cheapest], bounds, segments, steps)
+            best = (float(costs[cheapest]), shape, _LONGEST[cheapest], bounds, segments, steps)
     assert best is not None  # choices is not empty
-    estimate, row_warps, longest, bounds, segments, steps = best
+    estimate, shape, longest, bounds, segments, steps = best
     pieces = np.maximum(1, -(-steps // longest))
-    items, cut_segments, lengths = _cut(
-        bounds, segments, pieces, row_warps, block_warps // row_warps, tree.batch_size, row_warps * WARP_ROWS // group
-    )
+    items, cut_segments, lengths = _cut(bounds, segments, pieces, tree.batch_size, *shape)
     items = items[np.argsort(-lengths, kind="stable")]
-    merge = _merge_lists(request_order, pieces, row_warps * WARP_ROWS // group)
-    return SubtreePlan(items, cut_segments, request_order, *merge, row_warps, longest, estimate)
+    merge = _merge_lists(request_order, pieces, shape.requests)
+    return SubtreePlan(
+        items, cut_segments, request_order, *merge, shape.block_warps, shape.row_warps, longest, estimate
+    )
+
+
+class TileShape(NamedTuple):
+    """Warps of a block, warps among which its rows are split, and requests of a tile."""
+
+    block_warps: int
+    row_warps: int
+    requests: int
+
+
+def most_warps(head_dim: int) -> int:
+    """Warps of the largest block of ``tree_decode``: at head_dim 256 more would need too much shared memory."""
+    return 4 if head_dim <= 128 else 2
+
+
+def tile_shapes(group: int, head_dim: int) -> list[TileShape]:
+    """Shapes to choose from: blocks of one warp, with fewer requests too, and of several."""
+    shapes = []
+    if group <= WARP_ROWS:
+        full = WARP_ROWS // group
+        shapes += [TileShape(1, 1, requests) for requests in sorted({full, max(1, full // 2)})]
+    for row_warps in (1, 2, 4):
+        if row_warps <= most_warps(head_dim) and row_warps * WARP_ROWS >= group:
+            shapes.append(TileShape(most_warps(head_dim), row_warps, row_warps * WARP_ROWS // group))
+    return shapes
 
 
 @njit(cache=True)
@@ -157,15 +183,16 @@ def _tiles(
     ends: Int64Array,
     batch: int,
     group: int,
-    row_warps: int,
     block_warps: int,
-) -> tuple[Int64Array, Int32Array, Int64Array]:
-    """Segments of each tile and the steps that a warp of its block takes.
+    row_warps: int,
+    requests: int,
+) -> tuple[Int64Array, Int32Array, Int64Array, Int64Array]:
+    """Segments of each tile, the steps that a warp of its block takes, and over all: warp steps and tokens read.
 
-    List ``t * (row_warps + 1)`` holds what tile t's row warps share, the lists after it what each has to itself; list i
-    is ``segments[bounds[i] : bounds[i + 1]]``.
+    Warp steps stand apart for what a warp gathers for itself and what it shares. List ``t * (row_warps + 1)`` holds
+    what tile t's row warps share, the lists after it what each has to itself; list i is
+    ``segments[bounds[i] : bounds[i + 1]]``.
     """
-    requests = row_warps * WARP_ROWS // group
     num_tiles = -(-batch // requests)
     lists = row_warps + 1
     bounds = np.zeros(num_tiles * lists + 1, np.int64)
@@ -199,71 +226,69 @@ def _tiles(
                     tokens[index] += -(-seqlen[node] // tile) * tile
     groups = block_warps // row_warps
     steps = np.empty(num_tiles, np.int64)
+    work = np.zeros(3, np.int64)
+    for i in range(len(segments)):
+        work[2] += segments[i, 1]
     for t in range(num_tiles):
         longest = 0
         for w in range(row_warps):
             longest = max(longest, tokens[t * lists + 1 + w])
+            work[0] += tokens[t * lists + 1 + w] // STEP_TOKENS
+        work[1] += tokens[t * lists] // STEP_TOKENS * row_warps
         steps[t] = -(-(tokens[t * lists] + longest) // (STEP_TOKENS * groups))
-    return bounds, segments, steps
-
-
-@njit(cache=True)
-def _token_reads(segments: Int32Array) -> int:
-    """Tokens that all tiles together read."""
-    total = 0
-    for i in range(len(segments)):
-        total += segments[i, 1]
-    return total
+    return bounds, segments, steps, work
 
 
 @njit(cache=True)
 def _costs(
     steps: Int64Array,
-    row_warps: int,
+    work: Int64Array,
     group: int,
     batch: int,
     unique_tokens: int,
     num_kv_heads: int,
     head_dim: int,
-    limits: Int64Array,
-    token_reads: int,
-    machine: npt.NDArray[np.float64],
     block_warps: int,
+    row_warps: int,
+    requests: int,
+    limits: Int64Array,
+    machine: npt.NDArray[np.float64],
 ) -> npt.NDArray[np.float64]:
     """Estimated microseconds of a run for each limit of an item's length."""
-    multiprocessors, hbm, l2, step_busy, step_latency, start, merge = machine
-    requests = row_warps * WARP_ROWS // group
+    multiprocessors, hbm, l2, own_step, shared_step, warp_start, step_latency, start, merge = machine
     token_bytes = 4.0 * head_dim * num_kv_heads
-    io_bytes = 4.0 * head_dim * num_kv_heads * group * batch
+    row_bytes = 2.0 * head_dim * num_kv_heads * group
     scale = head_dim / 128.0
-    total = steps.sum() * num_kv_heads * block_warps
-    throughput = max(
-        (unique_tokens * token_bytes + io_bytes) / hbm,
-        token_reads * token_bytes / l2,
-        total * step_busy * scale / multiprocessors,
-    )
-    slots = multiprocessors * 3.0
+    memory = (unique_tokens * token_bytes + 2.0 * batch * row_bytes) / hbm
+    cache = work[2] * token_bytes / l2
+    busy_steps = (work[0] * own_step + work[1] * shared_step) * scale
     costs = np.empty(len(limits), np.float64)
     for i in range(len(limits)):
-        blocks = 0
+        items = 0
         longest = 0
         partials = 0
         for t in range(len(steps)):
             pieces = max(1, -(-steps[t] // limits[i]))
-            blocks += pieces
+            items += pieces
             longest = max(longest, -(-steps[t] // pieces))
             if pieces > 1:
                 partials += pieces * min(requests, batch - t * requests)
-        blocks *= num_kv_heads
-        # The last wave is half full on average; a block alone cannot go faster than its chain of steps.
-        waves = max(1.0, blocks / slots)
-        tail = longest * step_latency * scale * (1.0 if waves <= 1.0 else 0.5)
-        cost = start + max(throughput, tail) if waves <= 1.0 else start + throughput + tail
-        # Few blocks leave multiprocessors idle: throughput then belongs to those that work.
-        busy = min(1.0, blocks / multiprocessors)
-        cost += throughput * (1.0 / busy - 1.0)
+        blocks = items * num_kv_heads
+        busy = num_kv_heads * (busy_steps + items * block_warps * warp_start) / multiprocessors
+        # Resources overlap, but not wholly where two are near their limits.
+        throughput = (memory**4 + cache**4 + busy**4) ** 0.25
+        # Blocks that do not fill the multiprocessors evenly leave some idle.
+        waves = blocks / multiprocessors
+        throughput *= np.ceil(waves) / waves if waves < 4.0 else 1.0
+        resident = blocks / (multiprocessors * 12.0 / block_warps)
+        latency = longest * step_latency * scale
+        if resident <= 1.0:
+            cost = start + max(throughput, latency)
+        else:
+            # The last blocks to start run on while the others are done: half a block's time in a full house.
+            cost = start + throughput + 0.5 * longest * 12.0 * own_step * scale
         if partials > 0:
-            cost += merge + 8.0 * partials * num_kv_heads * group * head_dim / l2
+            cost += merge + 4.0 * partials * row_bytes / l2
         costs[i] = cost
     return costs
 
@@ -273,13 +298,14 @@ def _cut(
     bounds: Int64Array,
     segments: Int32Array,
     pieces: Int64Array,
-    row_warps: int,
-    groups: int,
     batch: int,
+    block_warps: int,
+    row_warps: int,
     requests: int,
 ) -> tuple[Int32Array, Int32Array, Int64Array]:
     """Items, their segments, and their lengths: each list of a tile is cut evenly, over pieces and token groups."""
     lists = row_warps + 1
+    groups = block_warps // row_warps
     most = 0
     for i in range(len(bounds) - 1):
         most += bounds[i + 1] - bounds[i] + pieces[i // lists] * groups - 1
