@@ -18,6 +18,7 @@ from fasttree_cupy.checks import (
 )
 from fasttree_cupy.execution import arrays, cpu, cuda, streams
 from fasttree_cupy.execution.arrays import ArrayView
+from fasttree_cupy.execution.operands import Operands
 from fasttree_cupy.metadata import MetadataTuple, PhaseNodeNums
 from fasttree_cupy.params import checked_pair
 
@@ -162,38 +163,22 @@ def fasttree_decode(
         if o is None:
             result = arrays.empty(views["q"].shape, views["q"].dtype, views["q"])
             views["o"] = arrays.view("o", result)
-        run(views, phases, scale, cap, kernel, handle)
+        operands = Operands(views["q"], views["k_buffer"], views["v_buffer"], views["o"], scale, cap)
+        run(views, operands, phases, kernel, handle)
         if o is not None:
             return None
         with nullcontext() if handle is None else streams.use_stream(handle, device[1]):
             return arrays.hand_back(result, views["q"])
 
 
-def run(
-    views: Mapping[str, ArrayView], phases: Phases, sm_scale: float, logit_cap: float, kernel: str, stream: int | None
-) -> None:
+def run(views: Mapping[str, ArrayView], operands: Operands, phases: Phases, kernel: str, stream: int | None) -> None:
     """Run the backend: CUDA on a stream, the CPU where there is none."""
-    q, k, v, o = (views[name] for name in (*INPUT_NAMES, "o"))
     if stream is None:
-        operands = (arrays.as_numpy(q), arrays.as_numpy(k), arrays.as_numpy(v), arrays.as_numpy(o))
-        cpu.decode(*operands, numpy_metadata(views, phases), sm_scale, logit_cap)
+        cpu.run(operands, numpy_metadata(views, phases))
         return
     metadata = [views[name] for name in ARRAY_NAMES]
-    cuda.decode(
-        q,
-        k,
-        v,
-        o,
-        metadata,
-        phases.node_nums,
-        phases.node_offsets,
-        phases.q_tile_sizes,
-        sm_scale,
-        logit_cap,
-        kernel,
-        stream,
-    )
-    streams.keep_borrowed(stream, (q, k, v, o))
+    cuda.decode(operands, metadata, phases.node_nums, phases.node_offsets, phases.q_tile_sizes, kernel, stream)
+    streams.keep_borrowed(stream, operands[:4])
 
 
 class Phases(NamedTuple):

@@ -128,9 +128,13 @@ def _checked(name: str, value: object) -> float | int | list[int]:
 def _finite_float(value: object, name: str) -> float:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {value!r}, expected a number")
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:  # an integer too large
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueError(f"{name} is {value!r}, expected a finite number")
-    return float(value)
+    return number
 
 
 def checked_int(value: object, name: str, least: int = 1) -> int:

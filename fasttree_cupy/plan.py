@@ -11,6 +11,7 @@ from fasttree_cupy.execution import arrays, streams
 from fasttree_cupy.execution.arrays import ArrayView
 from fasttree_cupy.execution.device import resolve_device
 from fasttree_cupy.execution.kernels import HEAD_DIMS
+from fasttree_cupy.execution.operands import Operands
 from fasttree_cupy.execution.schedule import HeuristicSchedule, Schedule, SubtreeSchedule
 from fasttree_cupy.params import FastTreeParams, checked_heads, checked_int, preset
 from fasttree_cupy.planning import greedy, subtree
@@ -157,7 +158,7 @@ class DecodePlan:
             result = arrays.empty(q_view.shape, q_view.dtype, q_view) if out is None else out
             o_view = arrays.view("out", result, handle)
             check_output(o_view, q_view, "out")
-            self.schedule.run(q_view, k_view, v_view, o_view, scale, cap, handle)
+            self.schedule.run(Operands(q_view, k_view, v_view, o_view, scale, cap), handle)
             if handle is not None:
                 streams.keep_borrowed(handle, (q_view, k_view, v_view, o_view))
             if out is not None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from fasttree_cupy.execution.arrays import DTYPES
 from fasttree_cupy.execution.device import resolve_device
-from fasttree_cupy.params import checked_int
+from fasttree_cupy.params import checked_heads, checked_int
 from fasttree_cupy.tree import KVTree, KVTreeNode, as_tree, fill_requests
 
 __all__ = ["qkv_preparation"]
@@ -65,11 +65,8 @@ def qkv_preparation(
     ValueError
         If the tree is malformed, the numbers of heads do not fit, or `device` is unknown or not usable.
     """
-    num_qo_heads = checked_int(num_qo_heads, "num_qo_heads")
-    num_kv_heads = checked_int(num_kv_heads, "num_kv_heads")
+    num_qo_heads, num_kv_heads = checked_heads(num_qo_heads, num_kv_heads)
     head_dim = checked_int(head_dim, "head_dim")
-    if num_qo_heads % num_kv_heads:
-        raise ValueError(f"num_qo_heads is {num_qo_heads}, expected a multiple of num_kv_heads, {num_kv_heads}")
     dtype_name, framework = _dtype_and_framework(dtype)
     place = resolve_device(device)
     if not isinstance(tree_info, KVTree):

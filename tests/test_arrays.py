@@ -384,3 +384,8 @@ sys.exit(f"loaded: {loaded}" if loaded else 0)
 
 def test_ml_dtypes_bfloat16_is_the_named_one() -> None:
     assert view("q", np.zeros(2, ml_dtypes.bfloat16)).dtype == "bfloat16"
+
+
+def test_masked_arrays_are_refused() -> None:
+    with pytest.raises(TypeError, match="q: a masked array is not supported"):
+        view("q", np.ma.masked_array(np.zeros((1, 2, 3), np.float16)))

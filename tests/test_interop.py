@@ -358,3 +358,19 @@ def test_borrowed_memory_is_held_until_the_stream_is_done(cupy: Any, worker: Any
     worker.synchronize()
     keep_alive(worker.ptr, [])
     assert alive() is None
+
+
+def test_lazily_negated_tensors_are_refused(torch: Any) -> None:
+    negated = torch.zeros(4, dtype=torch.complex64).conj().imag
+    assert negated.is_neg()
+    with pytest.raises(TypeError, match="q: the tensor is negated lazily"):
+        view("q", negated)
+
+
+def test_malformed_stream_protocol_is_refused() -> None:
+    class Stream:
+        def __cuda_stream__(self) -> int:
+            return 7
+
+    with pytest.raises(TypeError, match="stream is"):
+        stream_handle(Stream(), "cupy", 0)

@@ -169,3 +169,8 @@ def test_unknown_preset(name: Any, error: type[Exception]) -> None:
 def test_for_gpu_checks_the_group() -> None:
     with pytest.raises(ValueError, match="kv_group_num is 0"):
         FastTreeParams.for_gpu("H100", 0)
+
+
+def test_an_integer_beyond_float_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="alpha is 1000"):
+        FastTreeParams(alpha=10**400)

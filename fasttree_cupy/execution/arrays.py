@@ -128,6 +128,8 @@ def _framework_of_type(array_type: type) -> str:
 
 
 def _view_numpy(array: Any) -> ArrayView:
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError("a masked array is not supported: its mask would be ignored")
     dtype = _dtype_name(array.dtype)
     pointer = array.ctypes.data
     strides = _strides_in_elements(array, pointer)
@@ -149,6 +151,8 @@ def _view_torch(tensor: Any, stream: int | None) -> ArrayView:
         raise TypeError("the tensor requires grad, detach it first: no gradient flows through this call")
     if tensor.layout is not sys.modules["torch"].strided:
         raise TypeError(f"a dense tensor is needed, got layout {tensor.layout}")
+    if tensor.is_neg():  # a lazily negated view, as .imag of a conjugate is
+        raise TypeError("the tensor is negated lazily, resolve it first: its memory holds the negative")
     dtype = _dtype_name(tensor.dtype)
     device = _torch_device(tensor)
     if stream is not None and device is not _CPU:

@@ -15,9 +15,11 @@ import numpy as np
 import numpy.typing as npt
 from numba import get_num_threads, njit, prange
 
+from fasttree_cupy.execution.arrays import as_numpy
+from fasttree_cupy.execution.operands import Operands
 from fasttree_cupy.metadata import MetadataTuple
 
-__all__ = ["check_metadata", "decode"]
+__all__ = ["check_metadata", "decode", "run"]
 
 Array = npt.NDArray[Any]
 Int32Array = npt.NDArray[np.int32]
@@ -66,6 +68,12 @@ def decode(
     with _LOCK:
         _stage1(*inputs, k.shape[1], kv_lists, q_lists, get_num_threads(), m.mid_o, m.mid_lse)
         _stage2(mid_lists, m.mid_o, m.mid_lse, inputs.bfloat16, _rows(o, writeable=True))
+
+
+def run(operands: Operands, metadata: MetadataTuple) -> None:
+    """Decode arrays of any framework that lie on the CPU; `metadata` holds NumPy arrays."""
+    q, k, v, o = as_numpy(operands.q), as_numpy(operands.k), as_numpy(operands.v), as_numpy(operands.o)
+    decode(q, k, v, o, metadata, operands.sm_scale, operands.logit_cap)
 
 
 def check_metadata(metadata: MetadataTuple, num_tokens: int, batch_size: int) -> None:

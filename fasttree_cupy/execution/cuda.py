@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from .arrays import ArrayView
+    from .operands import Operands
 
 __all__ = ["KERNELS", "check_kernel", "decode"]
 
@@ -102,16 +103,11 @@ def mma_problem(inputs: Mapping[str, ArrayView]) -> str | None:
 
 
 def decode(
-    q: ArrayView,
-    k: ArrayView,
-    v: ArrayView,
-    o: ArrayView,
+    operands: Operands,
     metadata: Sequence[ArrayView],
     phase_node_nums: Sequence[int],
     phase_node_offsets: Sequence[int],
     phase_q_tile_sizes: Sequence[int],
-    sm_scale: float,
-    logit_cap: float,
     kernel: str,
     stream: int,
 ) -> None:
@@ -119,8 +115,8 @@ def decode(
 
     Parameters
     ----------
-    q, k, v, o : ArrayView
-        As in `fasttree_cupy.fasttree_decode`, on one CUDA device.
+    operands : Operands
+        Arrays of one CUDA device.
     metadata : sequence of ArrayView
         The first eleven documented metadata arrays, in order.
     kernel : {"mma", "plain"}
@@ -128,54 +124,41 @@ def decode(
     stream : int
         Handle of the CUDA stream to launch on.
     """
-    with streams.use_stream(stream, q.device[1]):
-        for phase in range(2):
-            if phase_node_nums[phase] > 0:
-                launch_stage1(
-                    q,
-                    k,
-                    v,
-                    metadata,
-                    (phase_node_offsets[phase], phase_node_nums[phase]),
-                    phase_q_tile_sizes[phase],
-                    sm_scale,
-                    logit_cap,
-                    kernel,
-                )
+    with streams.use_stream(stream, operands.q.device[1]):
+        phases = zip(phase_node_offsets, phase_node_nums, phase_q_tile_sizes, strict=True)
+        for first_vnode, count, q_tile_size in phases:
+            if count > 0:
+                launch_stage1(operands, metadata, first_vnode, count, q_tile_size, kernel)
         mid = [view.pointer for view in metadata[9:11]]
-        launch_stage2(o, mid, [view.pointer for view in metadata[6:9]], o.shape[0])
+        launch_stage2(operands.o, mid, [view.pointer for view in metadata[6:9]], operands.o.shape[0])
 
 
 def launch_stage1(
-    q: ArrayView,
-    k: ArrayView,
-    v: ArrayView,
+    operands: Operands,
     metadata: Sequence[ArrayView],
-    vnodes: tuple[int, int],
+    first_vnode: int,
+    count: int,
     q_tile_size: int,
-    sm_scale: float,
-    logit_cap: float,
     kernel: str,
 ) -> None:
-    """Attend the vnodes ``[first, first + count)`` of one phase; ``vnodes`` is ``(first, count)``."""
+    """Attend the vnodes ``[first_vnode, first_vnode + count)``, those of one phase."""
+    q, k, v, _, sm_scale, logit_cap = operands
     num_qo_heads, head_dim = q.shape[1:]
     num_kv_heads = k.shape[1]
     group = num_qo_heads // num_kv_heads
     rows = q_tile_size * group
     if kernel == "mma":
-        tile = choose_tile(rows, vnodes[1] * num_kv_heads, multiprocessors(q.device[1]), head_dim)
+        tile = choose_tile(rows, count * num_kv_heads, multiprocessors(q.device[1]), head_dim)
         config = KernelConfig("stage1_mma", q.dtype, head_dim, tile)
         row_blocks = -(-rows // tile.rows)
     else:
         config = KernelConfig("stage1_plain", q.dtype, head_dim)
         row_blocks = -(-rows // PLAIN_ROWS)
-    first_vnode, count = vnodes
     pointers = (q.pointer, k.pointer, v.pointer, *(view.pointer for view in (*metadata[:6], *metadata[9:11])))
     strides = (*q.strides[:2], *k.strides[:2], *v.strides[:2])
     params = np.array((*pointers, *strides, first_vnode, group, sm_scale, logit_cap), STAGE1_PARAMS)
     # A vnode with more rows than the grid covers is walked in steps: too small a tile size drops no query.
-    grid = (count, num_kv_heads, min(row_blocks, MAX_GRID_Z))
-    launch(config, q.device[1], grid, params)
+    launch(config, q.device[1], (count, num_kv_heads, min(row_blocks, MAX_GRID_Z)), params)
 
 
 def launch_stage2(o: ArrayView, mid: Sequence[int], lists: Sequence[int], merges: int, requests: int = 0) -> None:
@@ -200,25 +183,20 @@ def launch_stage2(o: ArrayView, mid: Sequence[int], lists: Sequence[int], merges
 
 
 def run_items(
-    q: ArrayView,
-    k: ArrayView,
-    v: ArrayView,
-    o: ArrayView,
+    operands: Operands,
     mid: Sequence[int],
     lists: Sequence[int],
     num_items: int,
     block_warps: int,
     merge: tuple[Sequence[int], int, int],
-    sm_scale: float,
-    logit_cap: float,
     stream: int,
 ) -> None:
     """Launch ``tree_decode``, and the merge where there is something to merge, on the current device.
 
     Parameters
     ----------
-    q, k, v, o : ArrayView
-        As in `fasttree_cupy.DecodePlan.run`, on one CUDA device.
+    operands : Operands
+        Arrays of one CUDA device.
     mid, lists, num_items, block_warps
         See `launch_tree_decode`.
     merge : (sequence of 3 int, int, int)
@@ -226,41 +204,35 @@ def run_items(
     stream : int
         Handle of the CUDA stream to launch on.
     """
-    with streams.use_stream(stream, q.device[1]):
-        launch_tree_decode(q, k, v, o, mid, lists, num_items, block_warps, sm_scale, logit_cap)
+    with streams.use_stream(stream, operands.q.device[1]):
+        launch_tree_decode(operands, mid, lists, num_items, block_warps)
         merge_lists, merges, requests = merge
         if merges > 0:
-            launch_stage2(o, mid, merge_lists, merges, requests)
+            launch_stage2(operands.o, mid, merge_lists, merges, requests)
 
 
 def launch_tree_decode(
-    q: ArrayView,
-    k: ArrayView,
-    v: ArrayView,
-    o: ArrayView,
-    mid: Sequence[int],
-    schedule: Sequence[int],
-    num_items: int,
-    block_warps: int,
-    sm_scale: float,
-    logit_cap: float,
+    operands: Operands, mid: Sequence[int], lists: Sequence[int], num_items: int, block_warps: int
 ) -> None:
     """Run the items of a plan.
 
     Parameters
     ----------
+    operands : Operands
+        Arrays of one CUDA device.
     mid : sequence of 2 int
         Pointers to ``mid_o`` and ``mid_lse``.
-    schedule : sequence of 3 int
+    lists : sequence of 3 int
         Pointers to the items, the segments and the order of the requests.
     num_items : int
         Number of items.
     block_warps : int
         Warps of a block.
     """
+    q, k, v, o, sm_scale, logit_cap = operands
     num_qo_heads, head_dim = q.shape[1:]
     num_kv_heads = k.shape[1]
-    pointers = (q.pointer, k.pointer, v.pointer, o.pointer, *mid, *schedule)
+    pointers = (q.pointer, k.pointer, v.pointer, o.pointer, *mid, *lists)
     strides = (*q.strides[:2], *k.strides[:2], *v.strides[:2], *o.strides[:2])
     numbers = (num_kv_heads, num_qo_heads // num_kv_heads, sm_scale, logit_cap, is_aligned(o), 0)
     params = np.array((*pointers, *strides, *numbers), TREE_DECODE_PARAMS)

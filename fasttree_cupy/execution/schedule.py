@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from fasttree_cupy.execution import cpu, cuda
-from fasttree_cupy.execution.arrays import ArrayView, as_numpy, view
+from fasttree_cupy.execution.arrays import ArrayView, view
 from fasttree_cupy.execution.kernels import MMA_COMPUTE_CAPABILITY, block_warps
+from fasttree_cupy.execution.operands import Operands
 from fasttree_cupy.execution.upload import upload
 from fasttree_cupy.metadata import MetadataTuple, PhaseNodeNums
 
@@ -27,16 +28,7 @@ class Schedule(Protocol):
     def check(self, q: ArrayView, k: ArrayView, v: ArrayView) -> None:
         """Raise ValueError where this schedule cannot run on the arrays."""
 
-    def run(
-        self,
-        q: ArrayView,
-        k: ArrayView,
-        v: ArrayView,
-        o: ArrayView,
-        sm_scale: float,
-        logit_cap: float,
-        stream: int | None,
-    ) -> None:
+    def run(self, operands: Operands, stream: int | None) -> None:
         """Decode into ``o``; on a GPU the work is queued on a stream."""
 
 
@@ -85,33 +77,12 @@ class SubtreeSchedule:
         if problem is not None:
             raise ValueError(f"the plan's kernel {problem}")
 
-    def run(
-        self,
-        q: ArrayView,
-        k: ArrayView,
-        v: ArrayView,
-        o: ArrayView,
-        sm_scale: float,
-        logit_cap: float,
-        stream: int | None,
-    ) -> None:
+    def run(self, operands: Operands, stream: int | None) -> None:
         """Queue one launch, or two where requests are merged."""
         if stream is None:
             raise ValueError("stream is None, expected the handle of a CUDA stream")
-        cuda.run_items(
-            q,
-            k,
-            v,
-            o,
-            self.mid,
-            self.lists,
-            self.num_items,
-            self.block_warps,
-            (self.merge_lists, self.num_merges, self.merge_requests),
-            sm_scale,
-            logit_cap,
-            stream,
-        )
+        merge = (self.merge_lists, self.num_merges, self.merge_requests)
+        cuda.run_items(operands, self.mid, self.lists, self.num_items, self.block_warps, merge, stream)
 
 
 class HeuristicSchedule:
@@ -143,21 +114,11 @@ class HeuristicSchedule:
     def check(self, q: ArrayView, k: ArrayView, v: ArrayView) -> None:
         """Any arrays will do."""
 
-    def run(
-        self,
-        q: ArrayView,
-        k: ArrayView,
-        v: ArrayView,
-        o: ArrayView,
-        sm_scale: float,
-        logit_cap: float,
-        stream: int | None,
-    ) -> None:
+    def run(self, operands: Operands, stream: int | None) -> None:
         """Run stage 1 and stage 2."""
         if stream is None:
-            operands = (as_numpy(q), as_numpy(k), as_numpy(v), as_numpy(o))
-            cpu.decode(*operands, self.metadata, sm_scale, logit_cap)
+            cpu.run(operands, self.metadata)
             return
         nums, offsets = self.metadata.phase_node_nums, self.metadata.phase_node_offsets
-        kernel = cuda.check_kernel("auto", {"q": q, "k": k, "v": v})
-        cuda.decode(q, k, v, o, self.views, nums, offsets, self.q_tile_sizes, sm_scale, logit_cap, kernel, stream)
+        kernel = cuda.check_kernel("auto", {"q": operands.q, "k": operands.k, "v": operands.v})
+        cuda.decode(operands, self.views, nums, offsets, self.q_tile_sizes, kernel, stream)

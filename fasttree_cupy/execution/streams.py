@@ -61,8 +61,8 @@ def _explicit_handle(stream: Any) -> Any:
         return stream
     protocol = getattr(stream, "__cuda_stream__", None)
     if protocol is not None:
-        _version, handle = protocol() if callable(protocol) else protocol
-        return handle
+        answer = protocol() if callable(protocol) else protocol
+        return answer[1] if isinstance(answer, tuple) and len(answer) == 2 else None
     if hasattr(stream, "cuda_stream"):  # torch.cuda.Stream before it had __cuda_stream__
         return stream.cuda_stream
     return None

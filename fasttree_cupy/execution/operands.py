@@ -1,0 +1,32 @@
+"""What every backend works on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fasttree_cupy.execution.arrays import ArrayView
+
+__all__ = ["Operands"]
+
+
+class Operands(NamedTuple):
+    """Checked arrays of one device, and the numbers that turn a dot product into a score.
+
+    Attributes
+    ----------
+    q, o : ArrayView
+        Shape (batch_size, num_qo_heads, head_dim); the last axis is contiguous, here and below.
+    k, v : ArrayView
+        Shape (num_tokens, num_kv_heads, head_dim).
+    sm_scale : float
+        Factor of the scores.
+    logit_cap : float
+        Soft cap where positive.
+    """
+
+    q: ArrayView
+    k: ArrayView
+    v: ArrayView
+    o: ArrayView
+    sm_scale: float
+    logit_cap: float
