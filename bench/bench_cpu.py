@@ -3,7 +3,7 @@
 Two baselines: `dense`, whose K and V were widened to float32 before the clock started, and `dense, casting`,
 which widens what it gathers, as a caller with 16-bit K and V has to.
 
-    python bench/bench_cpu.py --levels 1,16,64 --tokens 1024,256,32 --json result.json
+    python -m bench.bench_cpu --levels 1,16,64 --tokens 1024,256,32 --json result.json
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -19,10 +18,10 @@ from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from bench import machine
 from fasttree_cupy.decode import fasttree_decode
 from fasttree_cupy.params import FastTreeParams
 from fasttree_cupy.preparation import fasttree_preparation
@@ -148,9 +147,7 @@ def report(args: argparse.Namespace, tree: KVTree, error: float, times: dict[str
     if args.json is None:
         return
     result = {
-        "machine": {"processor": cpu_name(), "cores": cores, "numba_threads": numba.get_num_threads()},
-        "versions": {"python": platform.python_version(), "numpy": np.__version__, "numba": numba.__version__},
-        "command": " ".join(["python", *sys.argv]),
+        "machine": machine.describe("bench.bench_cpu", sys.argv[1:]) | {"cores": cores},
         "case": {name: getattr(args, name) for name in ("levels", "tokens", "heads", "dtype", "head_dim", "repeat")},
         "relative_error": error,
         "median_ms": times,
@@ -158,14 +155,6 @@ def report(args: argparse.Namespace, tree: KVTree, error: float, times: dict[str
     with open(args.json, "w", encoding="utf-8") as file:
         json.dump(result, file, indent=1)
         file.write("\n")
-
-
-def cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

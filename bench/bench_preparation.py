@@ -6,7 +6,8 @@
 
 Two kinds of trees: ``random``, each node under any earlier one, and ``levels``, four children a node. Three ways to
 plan them: from arrays (`KVTree` is built and checked, then planned), from `KVTreeNode` objects, and by the tests'
-oracle, a plain-Python planner, as far as it gets. Uploading the plan to a GPU is not part of it.
+oracle, a plain-Python planner, as far as it gets. Uploading the plan to a GPU is not part of it. First comes ``paper``,
+the largest tree of FastTree's paper, through the whole of `fasttree_preparation`.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ import numpy as np
 
 from bench import machine, records
 from bench.names import megabytes
-from fasttree_cupy import FastTreeParams, KVTree, preset
+from fasttree_cupy import FastTreeParams, KVTree, fasttree_preparation, preset
 from fasttree_cupy.planning.greedy import plan
 from fasttree_cupy.tree import as_tree
 
 __all__ = ["main"]
 
-NUM_QO_HEADS, NUM_KV_HEADS = 32, 8
+NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
 GPU_PRESET = "H100"
 CHILDREN = 4
 MOST_TOKENS = 64
@@ -72,6 +73,7 @@ def measured(most_nodes: int) -> Iterator[dict[str, Any]]:
     """One row a tree, the smallest first."""
     oracles = {kind: plain_python_planner() for kind in TREES}
     make_plan(TREES["levels"](10))  # compiles
+    yield whole_preparation(PAPER_TREE)
     for size in sizes(most_nodes):
         for kind, make_tree in TREES.items():
             tree = make_tree(size)
@@ -103,6 +105,8 @@ def level_tree(size: int) -> KVTree:
 
 
 TREES = {"random": random_tree, "levels": level_tree}
+PAPER_TREE = KVTree.from_levels([1, 4, 16, 64, 256, 1024], [256, 8, 256, 64, 32, 256])
+"""The largest tree of FastTree's paper: 1,365 nodes."""
 
 
 def settings() -> dict[str, Any]:
@@ -157,6 +161,25 @@ def measure(kind: str, tree: KVTree) -> dict[str, Any]:
         "arrays_ms": median_ms(from_arrays),
         "nodes_ms": median_ms(lambda: make_plan(as_tree(nodes))),
     }
+
+
+def whole_preparation(tree: KVTree) -> dict[str, Any]:
+    """A row for one tree through ``fasttree_preparation``, work spaces included, on the CPU: nothing is uploaded."""
+    row = measure("paper", tree)
+    sizes, nodes = preset(GPU_PRESET), tree.to_nodes()
+    kv_ptrs = tree.kv_ptrs.tolist()
+    params = FastTreeParams.for_gpu(GPU_PRESET, NUM_QO_HEADS // NUM_KV_HEADS)
+
+    def prepare(tree_info: Any, ptrs: Any) -> Any:
+        return fasttree_preparation(
+            tree_info, ptrs, tree.batch_size, NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM,
+            sizes.kv_split_sizes, sizes.para_threshs1, sizes.para_threshs2, params, device="cpu", verbose=False,
+        )  # fmt: skip
+
+    parent, seqlen, request_node = np.array(tree.parent), np.array(tree.seqlen), np.array(tree.request_node)
+    row["arrays_ms"] = median_ms(lambda: prepare(KVTree(parent, seqlen, request_node), tree.kv_ptrs), most=200)
+    row["nodes_ms"] = median_ms(lambda: prepare(nodes, kv_ptrs), most=200)
+    return row
 
 
 def median_ms(call: Callable[[], Any], most: int = 15) -> float:

@@ -107,19 +107,26 @@ def fastest_own(document: dict[str, Any]) -> str:
 
 def decode_tables(document: dict[str, Any], own: str | None = None, full: bool = False) -> list[str]:
     """Blocks of Markdown on decoding: where it ran, a row a head layout, and the cases that we lose."""
+    shown = [own] if own is not None else own_names(document)
     own, peers, rows = own or fastest_own(document), peer_names(document), document["cases"]
-    header = ["trees", "heads", "cases", *(display_name(peer, document) for peer in peers)]
+    header = ["ours", "trees", "heads", "cases", *(display_name(peer, document) for peer in peers)]
     header += ["best peer of each case", "worst case", "share of the floor", "best peer's share", "a peer is faster in"]
     layouts = dict.fromkeys((row["suite"], row["num_qo_heads"], row["num_kv_heads"]) for row in rows)
     body = [
-        _layout_row(key, [r for r in rows if (r["suite"], r["num_qo_heads"], r["num_kv_heads"]) == key], own, peers)
+        [
+            display_name(name, document),
+            *_layout_row(
+                key, [r for r in rows if (r["suite"], r["num_qo_heads"], r["num_kv_heads"]) == key], name, peers
+            ),
+        ]
+        for name in shown
         for key in layouts
     ]
     blocks = [
-        _provenance(document, own),
+        _provenance(document),
         _table(header, body),
         _planning_cost(document, own),
-        _losses(rows, own, peers),
+        _losses(document, own, peers),
     ]
     return [block for block in [*blocks, *([_every_case(document, own, peers)] if full else [])] if block]
 
@@ -140,16 +147,14 @@ def _layout_row(key: tuple[str, int, int], rows: list[Row], own: str, peers: lis
     ]
 
 
-def _provenance(document: dict[str, Any], own: str) -> str:
+def _provenance(document: dict[str, Any]) -> str:
     about = document["machine"]
     first = document["cases"][0]
-    variants = {name for row in document["cases"] for name in row["results"].get(own, {}).get("variants", {})}
-    better = f" Of our {len(variants)} tile settings, the better counts." if len(variants) > 1 else ""
     return (
-        f"Speed of `{own}` over each peer, geometric means; {first['dtype']}, head_dim {first['head_dim']}. "
+        f"Speed over each peer, geometric means; {first['dtype']}, head_dim {first['head_dim']}. "
         f"{about['gpu']} (reads {about['bandwidth'] / 1e12:.2f} TB/s, {about['matrix_rate'] / 1e12:.0f} TFLOP/s in "
         f"float16), commit {(about['commit'] or 'unknown')[:10]}, {about['date']}. Medians with a cold L2; every "
-        f"output was checked against float64 before it was timed.{better}"
+        f"output was checked against float64 before it was timed. Of several tile settings the best counts."
     )
 
 
@@ -164,22 +169,22 @@ def _planning_cost(document: dict[str, Any], own: str) -> str:
         parts.append(f"{ratio:.2f} times as long with {decodes:,}")
     plans = [found["plan_ms"] for found in variants]
     return (
-        f"Planning a tree takes {min(plans):.2f} to {max(plans):.2f} ms, upload included, and serves any number of "
-        f"decodes; its share included, a decode takes {', '.join(parts)} decodes a plan."
+        f"{display_name(own, document)}: planning a tree takes {min(plans):.2f} to {max(plans):.2f} ms, upload "
+        f"included, and serves any number of decodes; its share included, a decode takes {', '.join(parts)} decodes a "
+        "plan."
     )
 
 
-def _losses(rows: list[Row], own: str, peers: list[str]) -> str:
-    lost = against_best(rows, own, peers).lost
+def _losses(document: dict[str, Any], own: str, peers: list[str]) -> str:
+    lost = against_best(document["cases"], own, peers).lost
     if not lost:
         return ""
     lines = []
     for ratio, row in lost:
         name, time = best_peer(row, peers) or ("", 0.0)
         lines.append(f"- {full_name(row)}: {median_us(row, own):.1f} us, {name} {time:.1f} us ({ratio:.2f}x)")
-    return "\n".join(
-        [f"<details><summary>The {len(lost)} cases in which a peer is faster</summary>", "", *lines, "", "</details>"]
-    )
+    title = f"The {len(lost)} cases in which a peer is faster than {display_name(own, document)}"
+    return "\n".join([f"<details><summary>{title}</summary>", "", *lines, "", "</details>"])
 
 
 def _every_case(document: dict[str, Any], own: str, peers: list[str]) -> str:
@@ -196,17 +201,21 @@ def _every_case(document: dict[str, Any], own: str, peers: list[str]) -> str:
 
 
 def planning_table(document: dict[str, Any]) -> list[str]:
-    """Blocks of Markdown on planning: a row a power of ten of nodes."""
+    """Blocks of Markdown on planning: the paper's largest tree, and a row a power of ten of nodes."""
     header = ["tree", "nodes", "requests", "vnodes", "from arrays", "from node objects", "plain Python", "peak memory"]
     body = []
     for row in document["cases"]:
-        if 10 ** (len(str(row["nodes"])) - 1) != row["nodes"]:
+        if row["kind"] != "paper" and 10 ** (len(str(row["nodes"])) - 1) != row["nodes"]:
             continue
         memory = megabytes(row["peak_bytes"])
         oracle = f"{row['oracle_ms']:.1f} ms" if "oracle_ms" in row else "-"
         counts = [f"{row[name]:,}" for name in ("nodes", "requests", "vnodes")]
         body.append([row["kind"], *counts, f"{row['arrays_ms']:.2f} ms", f"{row['nodes_ms']:.2f} ms", oracle, memory])
-    return [f"Planning time on one core ({document['machine']['processor']}), medians.", _table(header, body)]
+    about = (
+        f"Planning time on one core ({document['machine']['processor']}), medians; the paper's tree through "
+        "`fasttree_preparation` on the CPU."
+    )
+    return [about, _table(header, body)]
 
 
 def _table(header: list[str], body: list[list[str]]) -> str:

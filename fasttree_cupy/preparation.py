@@ -120,6 +120,8 @@ def fasttree_preparation(
 def _check_rows(tree: KVTree, KV_ptrs: Sequence[int] | npt.NDArray[Any], batch_size: int) -> None:
     if batch_size != tree.batch_size:
         raise ValueError(f"batch_size is {batch_size}, but tree_info has {tree.batch_size} requests")
+    if KV_ptrs is tree.kv_ptrs:
+        return
     ptrs = int_vector(KV_ptrs, "KV_ptrs")
     if len(ptrs) != tree.num_nodes + 1:
         raise ValueError(

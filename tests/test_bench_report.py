@@ -48,14 +48,14 @@ def planning_file(tmp_path: Path) -> Path:
 def test_tables_of_decode(decode_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main([str(decode_file), "--full"]) == 0
     printed = capsys.readouterr().out
-    assert "| trees | heads | cases | slow | PAT (published) | best peer of each case |" in printed
+    assert "| ours | trees | heads | cases | slow | PAT (published) | best peer of each case |" in printed
     # sqrt(40/10 * 20/20), sqrt(40/10 * 40/20); the best peer's: 40 and 20; shares of the floor: 0.8, 0.4 and 0.2, 0.4.
     assert "| one | 32/8 | 2 | 2.00x | 2.83x | **2.00x** | 1.00x | 0.57 | 0.28 | 0 of 2 |" in printed
     assert "| two | 32/8 | 1 | 1.12x | 0.50x | **0.50x** | 0.50x | 0.50 | 1.00 | 1 of 1 |" in printed
     assert "- two: 1,8 x 3,4 (32/8): 80.0 us, pat 40.0 us (0.50x)" in printed
     assert "| one: 1,2 x 3,4 (32/8) | 8.0 | 10.0 | 40.0 | 40.0 | 4.00x |" in printed
     assert "commit 0123456789, today" in printed
-    assert "Planning a tree takes 0.10 to 0.10 ms" in printed
+    assert "fasttree-cupy, documented: planning a tree takes 0.10 to 0.10 ms" in printed
 
 
 def test_tables_go_between_the_markers(decode_file: Path, tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_tables_go_between_the_markers(decode_file: Path, tmp_path: Path) -> Non
     for _ in range(2):
         assert report.main([str(decode_file), "--markdown", str(markdown)]) == 0
         text = markdown.read_text(encoding="utf-8")
-        assert text.startswith(f"before\n{report.BEGIN}\nSpeed of `fasttree_cupy`")
+        assert text.startswith(f"before\n{report.BEGIN}\nSpeed over each peer")
         assert text.endswith(f"</details>\n{report.END}\nafter\n")
         assert "last week" not in text
     markdown.write_text("no markers", encoding="utf-8")
@@ -74,6 +74,9 @@ def test_tables_go_between_the_markers(decode_file: Path, tmp_path: Path) -> Non
 
 def test_planning_rows(planning_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = records.load(planning_file)["cases"]
+    paper = rows.pop(0)
+    assert (paper["kind"], paper["nodes"]) == ("paper", 1365)
+    assert paper["nodes_ms"] > paper["arrays_ms"] > 0
     assert [(r["kind"], r["nodes"]) for r in rows] == [
         (kind, nodes) for nodes in (10, 30, 100, 300) for kind in ("random", "levels")
     ]

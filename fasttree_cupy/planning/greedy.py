@@ -171,7 +171,8 @@ def _decide(
     """
     _count_requests(topology, request_node, nodes)
     for this_round in range(_MAX_ROUNDS):
-        _assign(topology, weights, group, q_tiles, kv_tiles, nodes, assigned)
+        if this_round != 1:  # the first round adapts the splits alone, which no cost depends on
+            _assign(topology, weights, group, q_tiles, kv_tiles, nodes, assigned)
         blocks = parallelism[this_round]
         _estimate(nodes, q_tiles, splits, num_kv_heads, blocks)
         if this_round == 0:
