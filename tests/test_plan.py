@@ -82,6 +82,11 @@ def test_a_long_prefix_of_few_requests_is_cut() -> None:
     assert made.merge_lens.tolist() == [len(made.items)] * 2
 
 
+def test_more_tokens_than_int32_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="tree_info holds 4294967294 tokens"):
+        subtree.plan(ft.KVTree([-1, 0], [2**31 - 1, 2**31 - 1]), 1, 1, 128, H200)
+
+
 def test_many_short_requests_need_no_merge() -> None:
     made = subtree.plan(ft.KVTree.from_levels([1, 1024], [64, 64]), 1, 32, 128, H200)
     assert len(made.merge_requests) == 0

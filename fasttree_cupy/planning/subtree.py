@@ -29,6 +29,7 @@ STEP_TOKENS = 16
 ITEM_FIELDS = ("first_position", "num_requests", "partial", "row_warps") + 3 * ("shared",) + 5 * ("own",)
 """Columns of `SubtreePlan.items`: struct Item of cuda_src/include/plan.cuh."""
 
+_INT32_MAX = 2**31 - 1
 _LONGEST = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 1 << 30)
 """Candidate limits of an item's length, in steps of a warp."""
 
@@ -92,33 +93,25 @@ def plan(tree: KVTree, group: int, num_kv_heads: int, head_dim: int, machine: Ma
     ValueError
         If `group` is larger than the kernel's tiles.
     """
-    choices = tile_shapes(group, head_dim)
-    if not choices:
+    shapes = tile_shapes(group, head_dim)
+    if not shapes:
         raise ValueError(
             f"group is {group}, expected at most {WARP_ROWS * most_warps(head_dim)} at head_dim {head_dim}"
         )
-    begins, ends, request_order = _positions(
-        tree.parent, tree.breadth_first, tree.request_node, np.empty(tree.batch_size, np.int32)
-    )
-    layout = (tree.breadth_first, tree.seqlen, tree.kv_ptrs, begins, ends, tree.batch_size, group)
-    heads = (group, tree.batch_size, tree.unique_tokens, num_kv_heads, head_dim)
-    limits, constants = np.array(_LONGEST, np.int64), np.array(machine, np.float64)
-    best: tuple[float, TileShape, int, Int64Array, Int32Array, Int64Array] | None = None
-    for shape in choices:
-        bounds, segments, steps, work = _tiles(*layout, *shape)
-        costs = _costs(steps, work, *heads, *shape, limits, constants)
-        cheapest = int(np.argmin(costs))
-        if best is None or costs[cheapest] < best[0]:
-            best = (float(costs[cheapest]), shape, _LONGEST[cheapest], bounds, segments, steps)
-    assert best is not None  # choices is not empty
-    estimate, shape, longest, bounds, segments, steps = best
-    pieces = np.maximum(1, -(-steps // longest))
-    items, cut_segments, lengths = _cut(bounds, segments, pieces, tree.batch_size, *shape)
-    items = items[np.argsort(-lengths, kind="stable")]
-    merge = _merge_lists(request_order, pieces, shape.requests)
-    return SubtreePlan(
-        items, cut_segments, request_order, *merge, shape.block_warps, shape.row_warps, longest, estimate
-    )
+    if tree.unique_tokens > _INT32_MAX:
+        raise ValueError(
+            f"tree_info holds {tree.unique_tokens} tokens, but int32 row numbers reach {_INT32_MAX} at most"
+        )
+    request_order = np.empty(tree.batch_size, np.int32)
+    begins, ends = _positions(tree.parent, tree.breadth_first, tree.request_node, request_order)
+    layout = _Layout(tree.breadth_first, tree.seqlen, tree.kv_ptrs, begins, ends)
+    chosen, longest, estimate = _choose(
+        layout, tree.batch_size, tree.unique_tokens, group, num_kv_heads, head_dim,
+        np.array(shapes, np.int64), np.array(_LONGEST, np.int64), np.array(machine, np.float64),
+    )  # fmt: skip
+    shape = shapes[chosen]
+    items, segments, merge = _build(layout, request_order, group, longest, *shape)
+    return SubtreePlan(items, segments, request_order, *merge, shape.block_warps, shape.row_warps, longest, estimate)
 
 
 class TileShape(NamedTuple):
@@ -146,11 +139,24 @@ def tile_shapes(group: int, head_dim: int) -> list[TileShape]:
     return shapes
 
 
+# Compiled passes.
+
+
+class _Layout(NamedTuple):
+    """The tree's arrays of these names, and each node's requests as positions ``[begins, ends)``: (N,) each."""
+
+    breadth_first: Int32Array
+    seqlen: Int64Array
+    kv_ptrs: Int64Array
+    begins: Int64Array
+    ends: Int64Array
+
+
 @njit(cache=True)
 def _positions(
     parent: Int32Array, order: Int32Array, request_node: Int32Array, request_order: Int32Array
-) -> tuple[Int64Array, Int64Array, Int32Array]:
-    """Depth-first positions of each node's requests, ``[begins, ends)``, and the requests in that order."""
+) -> tuple[Int64Array, Int64Array]:
+    """Depth-first positions of each node's requests, ``[begins, ends)``; fills `request_order`."""
     n = len(parent)
     own = np.zeros(n, np.int64)
     for node in request_node:
@@ -171,28 +177,164 @@ def _positions(
         node = request_node[r]
         request_order[slot[node]] = r
         slot[node] += 1
-    return begins, begins + total, request_order
+    return begins, begins + total
 
 
 @njit(cache=True)
-def _tiles(
-    order: Int32Array,
-    seqlen: Int64Array,
-    kv_ptrs: Int64Array,
-    begins: Int64Array,
-    ends: Int64Array,
+def _list_of(layout: _Layout, node: int, tile: int, group: int, row_warps: int, requests: int) -> tuple[int, int, int]:
+    """Which of a tile's lists a node's tokens go to, and the rows of the tile that see them.
+
+    List 0 is for what the row warps share, list 1 + w for what row warp w has to itself.
+    """
+    first = tile * requests
+    row_begin = (max(layout.begins[node], first) - first) * group
+    row_end = (min(layout.ends[node], first + requests) - first) * group
+    warp = row_begin // WARP_ROWS
+    own = row_warps == 1 or warp == (row_end - 1) // WARP_ROWS
+    return (1 + warp if own else 0), row_begin, row_end
+
+
+@njit(cache=True)
+def _measure(
+    layout: _Layout, batch: int, group: int, block_warps: int, row_warps: int, requests: int
+) -> tuple[Int64Array, Int64Array]:
+    """Steps that a warp of each tile's block takes, and over all: own and shared warp steps, tokens read."""
+    num_tiles = -(-batch // requests)
+    lists = row_warps + 1
+    count = np.zeros(num_tiles * lists, np.int64)  # of tiles of tokens
+    work = np.zeros(3, np.int64)
+    for node in layout.breadth_first:
+        if layout.seqlen[node] == 0 or layout.begins[node] == layout.ends[node]:
+            continue
+        own_count = -(-layout.seqlen[node] // STEP_TOKENS)
+        shared_count = -(-layout.seqlen[node] // (STEP_TOKENS * row_warps))
+        for tile in range(layout.begins[node] // requests, (layout.ends[node] - 1) // requests + 1):
+            which, _, _ = _list_of(layout, node, tile, group, row_warps, requests)
+            count[tile * lists + which] += shared_count if which == 0 else own_count
+            work[2] += layout.seqlen[node]
+    groups = block_warps // row_warps
+    steps = np.empty(num_tiles, np.int64)
+    for tile in range(num_tiles):
+        shared = count[tile * lists] * row_warps
+        longest = 0
+        for w in range(row_warps):
+            own = count[tile * lists + 1 + w]
+            longest = max(longest, own)
+            work[0] += own
+        work[1] += shared * row_warps
+        steps[tile] = -(-(shared + longest) // groups)
+    return steps, work
+
+
+@njit(cache=True)
+def _runs(steps: Int64Array, batch: int, requests: int) -> Int64Array:
+    """Runs of tiles alike: steps, number of tiles, requests in them."""
+    runs = np.empty((len(steps), 3), np.int64)
+    last = -1
+    for tile in range(len(steps)):
+        if last < 0 or runs[last, 0] != steps[tile]:
+            last += 1
+            runs[last] = (steps[tile], 0, 0)
+        runs[last, 1] += 1
+        runs[last, 2] += min(requests, batch - tile * requests)
+    return runs[: last + 1]
+
+
+@njit(cache=True)
+def _choose(
+    layout: _Layout,
     batch: int,
+    unique_tokens: int,
     group: int,
+    num_kv_heads: int,
+    head_dim: int,
+    shapes: Int64Array,
+    limits: Int64Array,
+    machine: npt.NDArray[np.float64],
+) -> tuple[int, int, float]:
+    """The shape and the limit of an item's length with the lowest estimate, and that, in microseconds."""
+    hbm, l2 = machine[1], machine[2]
+    token_bytes = 4.0 * head_dim * num_kv_heads
+    row_bytes = 2.0 * head_dim * num_kv_heads * group
+    memory = (unique_tokens * token_bytes + 2.0 * batch * row_bytes) / hbm
+    best = (0, 0, np.inf)
+    for index in range(len(shapes)):
+        block_warps, row_warps, requests = shapes[index]
+        steps, work = _measure(layout, batch, group, block_warps, row_warps, requests)
+        runs = _runs(steps, batch, requests)
+        cache = work[2] * token_bytes / l2
+        for limit in limits:
+            cost = _cost(runs, work, limit, block_warps, memory, cache, row_bytes, num_kv_heads, head_dim, machine)
+            if cost < best[2]:
+                best = (index, limit, cost)
+    return best
+
+
+@njit(cache=True)
+def _cost(
+    runs: Int64Array,
+    work: Int64Array,
+    limit: int,
+    block_warps: int,
+    memory: float,
+    cache: float,
+    row_bytes: float,
+    num_kv_heads: int,
+    head_dim: int,
+    machine: npt.NDArray[np.float64],
+) -> float:
+    """Estimated microseconds of a run; `memory` and `cache` are those of the two alone."""
+    multiprocessors, _, l2, own_step, shared_step, warp_start, step_latency, start, merge = machine
+    scale = head_dim / 128.0
+    items, longest, partials = 0, 0, 0
+    for steps, tiles, requests in runs:
+        pieces = max(1, -(-steps // limit))
+        items += tiles * pieces
+        longest = max(longest, -(-steps // pieces))
+        if pieces > 1:
+            partials += requests * pieces
+    blocks = items * num_kv_heads
+    busy_steps = (work[0] * own_step + work[1] * shared_step) * scale
+    busy = num_kv_heads * (busy_steps + items * block_warps * warp_start) / multiprocessors
+    # Resources overlap, but not wholly where two are near their limits.
+    throughput = (memory**4 + cache**4 + busy**4) ** 0.25
+    # Blocks that do not fill the multiprocessors evenly leave some idle.
+    waves = blocks / multiprocessors
+    if waves < 4.0:
+        throughput *= np.ceil(waves) / waves
+    if blocks <= multiprocessors * 12.0 / block_warps:
+        cost = start + max(throughput, longest * step_latency * scale)
+    else:
+        # The last blocks to start run on while the others are done: half a block's time in a full house.
+        cost = start + throughput + 0.5 * longest * 12.0 * own_step * scale
+    if partials > 0:
+        cost += merge + 4.0 * partials * row_bytes / l2
+    return float(cost)
+
+
+@njit(cache=True)
+def _build(
+    layout: _Layout,
+    request_order: Int32Array,
+    group: int,
+    longest: int,
     block_warps: int,
     row_warps: int,
     requests: int,
-) -> tuple[Int64Array, Int32Array, Int64Array, Int64Array]:
-    """Segments of each tile, the steps that a warp of its block takes, and over all: warp steps and tokens read.
+) -> tuple[Int32Array, Int32Array, tuple[Int32Array, Int32Array, Int32Array, Int32Array]]:
+    """Items, the longest first, their segments, and the lists of the merge."""
+    batch = len(request_order)
+    steps, _ = _measure(layout, batch, group, block_warps, row_warps, requests)
+    pieces = np.maximum(1, -(-steps // longest))
+    bounds, segments = _tiles(layout, batch, group, row_warps, requests)
+    items, cut_segments, lengths = _cut(bounds, segments, pieces, batch, block_warps, row_warps, requests)
+    order = np.argsort(-lengths, kind="mergesort")
+    return items[order], cut_segments, _merge_lists(request_order, pieces, requests)
 
-    Warp steps stand apart for what a warp gathers for itself and what it shares. List ``t * (row_warps + 1)`` holds
-    what tile t's row warps share, the lists after it what each has to itself; list i is
-    ``segments[bounds[i] : bounds[i + 1]]``.
-    """
+
+@njit(cache=True)
+def _tiles(layout: _Layout, batch: int, group: int, row_warps: int, requests: int) -> tuple[Int64Array, Int32Array]:
+    """Segments of each tile: ``segments[bounds[i] : bounds[i + 1]]`` with ``i = tile * (row_warps + 1) + which``."""
     num_tiles = -(-batch // requests)
     lists = row_warps + 1
     bounds = np.zeros(num_tiles * lists + 1, np.int64)
@@ -202,95 +344,22 @@ def _tiles(
                 bounds[i + 1] += bounds[i]
             segments = np.empty((bounds[-1], 4), np.int32)
             cursor = bounds[:-1].copy()
-            tokens = np.zeros(num_tiles * lists, np.int64)
-        for node in order:
-            if seqlen[node] == 0 or begins[node] == ends[node]:
+        for node in layout.breadth_first:
+            if layout.seqlen[node] == 0 or layout.begins[node] == layout.ends[node]:
                 continue
-            for t in range(begins[node] // requests, (ends[node] - 1) // requests + 1):
-                first = t * requests
-                row_begin = (max(begins[node], first) - first) * group
-                row_end = (min(ends[node], first + requests) - first) * group
-                warp = row_begin // WARP_ROWS
-                own = row_warps == 1 or warp == (row_end - 1) // WARP_ROWS
-                index = t * lists + (1 + warp if own else 0)
+            for tile in range(layout.begins[node] // requests, (layout.ends[node] - 1) // requests + 1):
+                which, row_begin, row_end = _list_of(layout, node, tile, group, row_warps, requests)
+                index = tile * lists + which
                 if fill == 0:
                     bounds[index + 1] += 1
-                else:
-                    at = cursor[index]
-                    segments[at, 0] = kv_ptrs[node]
-                    segments[at, 1] = seqlen[node]
-                    segments[at, 2] = row_begin
-                    segments[at, 3] = row_end
-                    cursor[index] += 1
-                    tile = STEP_TOKENS if own else STEP_TOKENS * row_warps
-                    tokens[index] += -(-seqlen[node] // tile) * tile
-    groups = block_warps // row_warps
-    steps = np.empty(num_tiles, np.int64)
-    work = np.zeros(3, np.int64)
-    for i in range(len(segments)):
-        work[2] += segments[i, 1]
-    for t in range(num_tiles):
-        longest = 0
-        for w in range(row_warps):
-            longest = max(longest, tokens[t * lists + 1 + w])
-            work[0] += tokens[t * lists + 1 + w] // STEP_TOKENS
-        work[1] += tokens[t * lists] // STEP_TOKENS * row_warps
-        steps[t] = -(-(tokens[t * lists] + longest) // (STEP_TOKENS * groups))
-    return bounds, segments, steps, work
-
-
-@njit(cache=True)
-def _costs(
-    steps: Int64Array,
-    work: Int64Array,
-    group: int,
-    batch: int,
-    unique_tokens: int,
-    num_kv_heads: int,
-    head_dim: int,
-    block_warps: int,
-    row_warps: int,
-    requests: int,
-    limits: Int64Array,
-    machine: npt.NDArray[np.float64],
-) -> npt.NDArray[np.float64]:
-    """Estimated microseconds of a run for each limit of an item's length."""
-    multiprocessors, hbm, l2, own_step, shared_step, warp_start, step_latency, start, merge = machine
-    token_bytes = 4.0 * head_dim * num_kv_heads
-    row_bytes = 2.0 * head_dim * num_kv_heads * group
-    scale = head_dim / 128.0
-    memory = (unique_tokens * token_bytes + 2.0 * batch * row_bytes) / hbm
-    cache = work[2] * token_bytes / l2
-    busy_steps = (work[0] * own_step + work[1] * shared_step) * scale
-    costs = np.empty(len(limits), np.float64)
-    for i in range(len(limits)):
-        items = 0
-        longest = 0
-        partials = 0
-        for t in range(len(steps)):
-            pieces = max(1, -(-steps[t] // limits[i]))
-            items += pieces
-            longest = max(longest, -(-steps[t] // pieces))
-            if pieces > 1:
-                partials += pieces * min(requests, batch - t * requests)
-        blocks = items * num_kv_heads
-        busy = num_kv_heads * (busy_steps + items * block_warps * warp_start) / multiprocessors
-        # Resources overlap, but not wholly where two are near their limits.
-        throughput = (memory**4 + cache**4 + busy**4) ** 0.25
-        # Blocks that do not fill the multiprocessors evenly leave some idle.
-        waves = blocks / multiprocessors
-        throughput *= np.ceil(waves) / waves if waves < 4.0 else 1.0
-        resident = blocks / (multiprocessors * 12.0 / block_warps)
-        latency = longest * step_latency * scale
-        if resident <= 1.0:
-            cost = start + max(throughput, latency)
-        else:
-            # The last blocks to start run on while the others are done: half a block's time in a full house.
-            cost = start + throughput + 0.5 * longest * 12.0 * own_step * scale
-        if partials > 0:
-            cost += merge + 4.0 * partials * row_bytes / l2
-        costs[i] = cost
-    return costs
+                    continue
+                segment = segments[cursor[index]]
+                segment[0] = layout.kv_ptrs[node]
+                segment[1] = layout.seqlen[node]
+                segment[2] = row_begin
+                segment[3] = row_end
+                cursor[index] += 1
+    return bounds, segments
 
 
 @njit(cache=True)
