@@ -27,6 +27,8 @@ __all__ = ["fasttree_decode"]
 INPUT_NAMES = ("q", "k_buffer", "v_buffer")
 ARRAY_NAMES = MetadataTuple._fields[:11]
 MID_NAMES = ("mid_o", "mid_lse")
+MID_ALIGNMENT = 16
+"""Bytes: the kernels read partial outputs in pieces of this size."""
 
 
 def fills_gaps(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,7 +105,8 @@ def fasttree_decode(
     logit_cap : float
         Soft cap where positive: a score becomes ``logit_cap * tanh(score / logit_cap)``.
     stream : int, CuPy stream, object with ``__cuda_stream__`` or ``cuda_stream``, optional
-        CUDA stream to work on. By default the caller's current one: torch's for torch tensors, else CuPy's.
+        CUDA stream to work on. By default the caller's current one: torch's for torch tensors, else CuPy's. Another one
+        first waits for the current one; that the current one waits for it before it uses ``o`` is the caller's part.
     kernel : {"auto", "mma", "plain"}
         Stage-1 kernel on a GPU. ``"mma"``: tensor cores, from compute capability 8.0, rows that start at multiples of
         16 bytes. ``"plain"``: any GPU from 7.0, any strides, slower. ``"auto"``: the first that is possible.
@@ -224,6 +227,10 @@ def check_metadata(views: Mapping[str, ArrayView], phases: Phases) -> None:
     check_same("mid_lse", "shape", views["mid_lse"].shape, partials + q.shape[1:2])
     for name in MID_NAMES:
         check_writable(name, views[name])
+    if q.device[0] == "cuda" and views["mid_o"].pointer % MID_ALIGNMENT:
+        raise ValueError(
+            f"mid_o starts at address {views['mid_o'].pointer:#x}, expected a multiple of {MID_ALIGNMENT} bytes"
+        )
     check_ranges(phases, num_vnodes[0])
     if phases.num_tokens is not None and k.shape[0] != phases.num_tokens:
         raise ValueError(

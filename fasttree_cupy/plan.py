@@ -79,6 +79,8 @@ class DecodePlan:
     Notes
     -----
     Nothing but `run` writes to the plan's memory, and only to its workspace: two runs of one plan must not overlap.
+    On a GPU a tile holds several requests, and what a request must not see is weighted by 0: an infinity or NaN in V
+    then reaches the other requests of its tile.
     """
 
     def __init__(self, tree: KVTree, num_qo_heads: int, num_kv_heads: int, head_dim: int, device: str) -> None:
@@ -128,7 +130,9 @@ class DecodePlan:
         logit_cap : float
             Soft cap where positive: a score becomes ``logit_cap * tanh(score / logit_cap)``.
         stream : int, CuPy stream, object with ``__cuda_stream__`` or ``cuda_stream``, optional
-            CUDA stream to work on; by default the caller's current one: torch's for torch tensors, else CuPy's.
+            CUDA stream to work on; by default the caller's current one: torch's for torch tensors, else CuPy's. Another
+            one first waits for the current one; that the current one waits for it before it uses the output is the
+            caller's part.
 
         Returns
         -------

@@ -11,7 +11,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fasttree_cupy.decode import fasttree_decode
+from fasttree_cupy.decode import check_metadata, check_phases, fasttree_decode
+from fasttree_cupy.execution.arrays import view
 from fasttree_cupy.metadata import MetadataTuple
 from fasttree_cupy.params import FastTreeParams
 from fasttree_cupy.preparation import fasttree_preparation
@@ -621,3 +622,14 @@ def test_jax_output_on_the_gpu(jax: Any, on_gpu: Arguments) -> None:
         pytest.skip(f"this JAX sees no GPU ({error})")
     o = jax.device_put(zeros(BATCH, HEADS, DIM), device)
     check(on_gpu, {"o": o}, TypeError, "o is a JAX array, which cannot be written, expected None")
+
+
+def test_partial_outputs_off_a_16_byte_boundary_are_refused_for_a_gpu(arguments: Arguments) -> None:
+    names = [name for name in ARRAYS if name != "o"]
+    views = {name: view(name, arguments[name])._replace(device=("cuda", 0)) for name in names}
+    phases = check_phases(*(arguments[name] for name in PAIRS))
+    views["mid_o"] = views["mid_o"]._replace(pointer=1024)
+    check_metadata(views, phases)
+    views["mid_o"] = views["mid_o"]._replace(pointer=1032)
+    with pytest.raises(ValueError, match="mid_o starts at address 0x408, expected a multiple of 16 bytes"):
+        check_metadata(views, phases)
