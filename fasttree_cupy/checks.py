@@ -8,14 +8,17 @@ from collections.abc import Mapping
 
 from fasttree_cupy.execution.arrays import ArrayView
 from fasttree_cupy.execution.kernels import HEAD_DIMS
+from fasttree_cupy.params import checked_int
 
 __all__ = [
+    "ELEMENT_DTYPES",
     "check_inputs",
     "check_output",
     "check_same",
     "check_writable",
     "checked_cap",
     "checked_float",
+    "checked_head_dim",
     "is_contiguous",
 ]
 
@@ -43,6 +46,14 @@ def checked_cap(value: object) -> float:
     if 0 < cap < FLOAT32_TINY:
         raise ValueError(f"logit_cap is {value!r}, expected 0, a negative number, or at least {FLOAT32_TINY}")
     return cap
+
+
+def checked_head_dim(value: object) -> int:
+    """`value` as an integer that the kernels know as a head_dim."""
+    head_dim = checked_int(value, "head_dim")
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"head_dim is {head_dim}, expected one of {', '.join(map(str, HEAD_DIMS))}")
+    return head_dim
 
 
 def check_inputs(views: Mapping[str, ArrayView]) -> None:

@@ -27,6 +27,8 @@ __all__ = ["fasttree_decode"]
 INPUT_NAMES = ("q", "k_buffer", "v_buffer")
 ARRAY_NAMES = MetadataTuple._fields[:11]
 MID_NAMES = ("mid_o", "mid_lse")
+MOST_KV_HEADS = 65535
+"""Second dimension of a CUDA grid."""
 MID_ALIGNMENT = 16
 """Bytes: the kernels read partial outputs in pieces of this size."""
 
@@ -165,7 +167,7 @@ def fasttree_decode(
         # Every check has passed: from here on memory is written.
         if o is None:
             result = arrays.empty(views["q"].shape, views["q"].dtype, views["q"])
-            views["o"] = arrays.view("o", result)
+            views["o"] = arrays.view("o", result, handle)
         operands = Operands(views["q"], views["k_buffer"], views["v_buffer"], views["o"], scale, cap)
         run(views, operands, phases, kernel, handle)
         if o is not None:
@@ -181,7 +183,7 @@ def run(views: Mapping[str, ArrayView], operands: Operands, phases: Phases, kern
         return
     metadata = [views[name] for name in ARRAY_NAMES]
     cuda.decode(operands, metadata, phases.node_nums, phases.node_offsets, phases.q_tile_sizes, kernel, stream)
-    streams.keep_borrowed(stream, operands[:4])
+    streams.keep_borrowed(stream, operands.q.device[1], [*operands[:4], *metadata])
 
 
 class Phases(NamedTuple):
@@ -227,6 +229,8 @@ def check_metadata(views: Mapping[str, ArrayView], phases: Phases) -> None:
     check_same("mid_lse", "shape", views["mid_lse"].shape, partials + q.shape[1:2])
     for name in MID_NAMES:
         check_writable(name, views[name])
+    if q.device[0] == "cuda" and k.shape[1] > MOST_KV_HEADS:
+        raise ValueError(f"k_buffer has {k.shape[1]} heads, expected at most {MOST_KV_HEADS} on a GPU")
     if q.device[0] == "cuda" and views["mid_o"].pointer % MID_ALIGNMENT:
         raise ValueError(
             f"mid_o starts at address {views['mid_o'].pointer:#x}, expected a multiple of {MID_ALIGNMENT} bytes"

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from fasttree_cupy.checks import check_inputs, check_output, check_same, checked_cap, checked_float
-from fasttree_cupy.execution import arrays, streams
+from fasttree_cupy.checks import check_inputs, check_output, check_same, checked_cap, checked_float, checked_head_dim
+from fasttree_cupy.execution import arrays, cuda, streams
 from fasttree_cupy.execution.arrays import ArrayView
 from fasttree_cupy.execution.device import resolve_device
-from fasttree_cupy.execution.kernels import HEAD_DIMS
 from fasttree_cupy.execution.operands import Operands
 from fasttree_cupy.execution.schedule import HeuristicSchedule, Schedule, SubtreeSchedule
-from fasttree_cupy.params import FastTreeParams, checked_heads, checked_int, preset
+from fasttree_cupy.params import FastTreeParams, checked_heads, preset
 from fasttree_cupy.planning import greedy, subtree
 from fasttree_cupy.planning.machine import machine_of
 from fasttree_cupy.tree import KVTree, KVTreeNode, as_tree
@@ -54,10 +53,8 @@ def plan_decode(
     """
     tree = as_tree(tree_info)
     heads, kv_heads = checked_heads(num_qo_heads, num_kv_heads)
-    if checked_int(head_dim, "head_dim") not in HEAD_DIMS:
-        raise ValueError(f"head_dim is {head_dim}, expected one of {', '.join(map(str, HEAD_DIMS))}")
-    place = resolve_device(device)
-    return DecodePlan(tree, heads, kv_heads, int(head_dim), place)
+    head_dim = checked_head_dim(head_dim)
+    return DecodePlan(tree, heads, kv_heads, head_dim, resolve_device(device))
 
 
 class DecodePlan:
@@ -164,7 +161,7 @@ class DecodePlan:
             check_output(o_view, q_view, "out")
             self.schedule.run(Operands(q_view, k_view, v_view, o_view, scale, cap), handle)
             if handle is not None:
-                streams.keep_borrowed(handle, (q_view, k_view, v_view, o_view))
+                streams.keep_borrowed(handle, place[1], (q_view, k_view, v_view, o_view), own=self.schedule)
             if out is not None:
                 return out
             with nullcontext() if handle is None else streams.use_stream(handle, place[1]):
@@ -183,7 +180,7 @@ def make_schedule(tree: KVTree, num_qo_heads: int, num_kv_heads: int, head_dim: 
     group = num_qo_heads // num_kv_heads
     if device != "cpu" and SubtreeSchedule.problem(device, group, head_dim) is None:
         index = int(device.removeprefix("cuda:"))
-        made = subtree.plan(tree, group, num_kv_heads, head_dim, machine_of(index))
+        made = subtree.plan(tree, group, num_kv_heads, head_dim, machine_of(cuda.multiprocessors(index)))
         return SubtreeSchedule(made, num_qo_heads, head_dim, index)
     chosen = preset("H100")
     params = FastTreeParams.for_gpu("H100", group)

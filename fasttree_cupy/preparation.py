@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fasttree_cupy.checks import checked_head_dim
 from fasttree_cupy.execution.device import resolve_device
-from fasttree_cupy.execution.kernels import HEAD_DIMS
 from fasttree_cupy.execution.upload import upload
 from fasttree_cupy.metadata import MetadataTuple, PhaseNodeNums
 from fasttree_cupy.params import FastTreeParams, checked_heads, checked_int, checked_pair
@@ -84,8 +84,7 @@ def fasttree_preparation(
     tree = as_tree(tree_info)
     _check_rows(tree, KV_ptrs, checked_int(batch_size, "batch_size"))
     num_heads, num_kv_heads = checked_heads(num_qo_heads, num_kv_heads)
-    if checked_int(head_dim, "head_dim") not in HEAD_DIMS:
-        raise ValueError(f"head_dim is {head_dim}, expected one of {', '.join(map(str, HEAD_DIMS))}")
+    head_dim = checked_head_dim(head_dim)
     splits = checked_pair(KV_SPLIT_SIZES, "KV_SPLIT_SIZES")
     threshs1 = checked_pair(para_threshs1, "para_threshs1", least=0)
     threshs2 = checked_pair(para_threshs2, "para_threshs2", least=0)
@@ -105,7 +104,7 @@ def fasttree_preparation(
         tree, splits, threshs1, threshs2, num_kv_heads, params.alpha, params.beta, params.gamma,
         params.TSQs, params.TSKs, params.kv_group_num,
     )  # fmt: skip
-    mid_shape = (len(made.vnode_to_q_entries), num_heads, int(head_dim))
+    mid_shape = (len(made.vnode_to_q_entries), num_heads, head_dim)
     arrays, mid_o, mid_lse = _place(list(made[:9]), mid_shape, place)
     nums = PhaseNodeNums(made.phase_node_nums, tree.unique_tokens)
     metadata = MetadataTuple._make([*arrays, mid_o, mid_lse, nums, made.phase_node_offsets])

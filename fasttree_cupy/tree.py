@@ -348,6 +348,8 @@ def int_vector(values: npt.ArrayLike, name: str) -> Int64Array:
         return _flat_int64(list(values), lambda k: f"{name}[{k}]")
     if values.ndim != 1 or values.dtype.kind not in "iu":
         raise TypeError(f"{name} is {values.dtype} of shape {values.shape}, expected integers, one dimension")
+    if values.dtype == np.uint64 and values.size and values.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{name} holds {values.max()}, which does not fit in 64 bits with a sign")
     return values.astype(np.int64)
 
 

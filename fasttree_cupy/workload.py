@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fasttree_cupy.checks import ELEMENT_DTYPES
 from fasttree_cupy.execution.arrays import DTYPES
 from fasttree_cupy.execution.device import resolve_device
 from fasttree_cupy.params import checked_heads, checked_int
 from fasttree_cupy.tree import KVTree, KVTreeNode, as_tree, fill_requests
 
 __all__ = ["qkv_preparation"]
-
-_ELEMENT_DTYPES = ("float16", "bfloat16")
 
 
 def qkv_preparation(
@@ -74,7 +73,7 @@ def qkv_preparation(
     tree = as_tree(tree_info)
 
     # NumPy's generator for GPUs as well: CuPy's own need cuRAND, which our minimal installation lacks.
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(None if seed is None else checked_int(seed, "seed", least=0))
 
     def normal(*shape: int) -> npt.NDArray[Any]:
         return rng.standard_normal(shape, np.float32).astype(DTYPES[dtype_name])
@@ -101,7 +100,7 @@ def _dtype_and_framework(dtype: Any) -> tuple[str, str]:
             name = np.dtype(dtype).name  # ml_dtypes, loaded with arrays, makes "bfloat16" known
         except TypeError:
             name = repr(dtype)
-    if name not in _ELEMENT_DTYPES:
+    if name not in ELEMENT_DTYPES:
         raise TypeError(f"dtype is {name}, expected float16 or bfloat16 (a name or a NumPy, torch or JAX dtype)")
     return name, framework
 

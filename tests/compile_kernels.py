@@ -74,7 +74,8 @@ def main(arguments: list[str]) -> int:
     failures = 0
     with ProcessPoolExecutor() as pool:
         for (architecture, config), report in zip(jobs, pool.map(compile_one, jobs), strict=True):
-            label = f"sm_{architecture} {config.name} {config.dtype} head_dim {config.head_dim} {config.tile or ''}"
+            shape = config.tile or config.block_warps or ""
+            label = f"sm_{architecture} {config.name} {config.dtype} head_dim {config.head_dim} {shape}"
             if report.ok:
                 print(f"{label}: {report.registers} registers, {report.spilled} bytes spilled")
             else:

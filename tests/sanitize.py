@@ -24,11 +24,7 @@ def main() -> int:
 
     runs = 0
     for tree in TREES:
-        for heads, kv_heads, head_dim, dtype in (
-            (2, 2, 16, "float16"),
-            (6, 2, 128, "bfloat16"),
-            (16, 1, 256, "float16"),
-        ):
+        for heads, kv_heads, head_dim, dtype in LAYOUTS:
             q, _, _, _, k, v, kv_ptrs = ft.qkv_preparation(tree, heads, kv_heads, head_dim, "cuda", dtype, seed=1)
             for params in (ft.FastTreeParams.for_gpu("H100", heads // kv_heads), ft.FastTreeParams()):
                 params.set_kv_group_num(heads // kv_heads)

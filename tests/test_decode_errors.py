@@ -633,3 +633,11 @@ def test_partial_outputs_off_a_16_byte_boundary_are_refused_for_a_gpu(arguments:
     views["mid_o"] = views["mid_o"]._replace(pointer=1032)
     with pytest.raises(ValueError, match="mid_o starts at address 0x408, expected a multiple of 16 bytes"):
         check_metadata(views, phases)
+
+
+def test_more_kv_heads_than_a_grid_has_are_refused_for_a_gpu(arguments: Arguments) -> None:
+    names = [name for name in ARRAYS if name != "o"]
+    views = {name: view(name, arguments[name])._replace(device=("cuda", 0)) for name in names}
+    views["k_buffer"] = views["k_buffer"]._replace(shape=(views["k_buffer"].shape[0], 65536, 16))
+    with pytest.raises(ValueError, match="k_buffer has 65536 heads, expected at most 65535 on a GPU"):
+        check_metadata(views, check_phases(*(arguments[name] for name in PAIRS)))

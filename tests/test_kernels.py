@@ -8,7 +8,7 @@ import pytest
 
 from fasttree_cupy.execution import cuda, kernels
 from fasttree_cupy.execution.kernels import HEAD_DIMS, KernelConfig, all_configs, choose_tile, tiles
-from fasttree_cupy.planning.subtree import ITEM_FIELDS
+from fasttree_cupy.planning.subtree import ITEM_FIELDS, most_warps
 
 SMALLEST_SHARED_MEMORY = 99 * 1024
 """Most that a block gets on compute capability 8.6, 8.9 and 12.0."""
@@ -52,6 +52,11 @@ def test_more_rows_than_a_block_holds_take_the_largest_tile() -> None:
     assert choose_tile(16, 1, 132, 128).rows == 16
 
 
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_planner_and_kernels_agree_on_the_largest_block(head_dim: int) -> None:
+    assert most_warps(head_dim) == max(kernels.block_warps(head_dim))
+
+
 def test_old_gpus_get_no_tensor_core_kernel() -> None:
     assert {config.name for config in all_configs(75)} == {"stage1_plain", "stage2"}
     assert {config.name for config in all_configs(80)} == {"stage1_plain", "stage1_mma", "stage2", "tree_decode"}
@@ -73,7 +78,7 @@ def test_the_digest_covers_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert texts[0] != texts[1]
 
 
-def test_every_variant_compiles_for_ampere_and_reports_its_resources() -> None:
+def test_a_variant_compiles_for_ampere_and_reports_its_resources() -> None:
     pytest.importorskip("cupy", reason="no CuPy, hence no NVRTC")
     from tests.compile_kernels import compile_one, covering_choice
 

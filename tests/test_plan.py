@@ -11,7 +11,7 @@ import fasttree_cupy as ft
 from fasttree_cupy.planning import subtree
 from fasttree_cupy.planning.machine import H200
 from tests.cases import CASES, TREES, Case, Tree
-from tests.reference import dense_attention
+from tests.reference import dense_attention, path_rows
 from tests.test_decode import DTYPES, make_inputs, namespace, reference, result_bits
 from tests.tolerances import assert_close
 
@@ -73,6 +73,103 @@ def test_items_hold_each_path_once(tree: Tree, group: int) -> None:
     np.testing.assert_array_equal(np.sort(made.request_order), np.arange(kv_tree.batch_size))
     assert sorted(made.merge_entries.tolist()) == list(range(len(made.merge_entries)))
     assert made.merge_lens.sum() == len(made.merge_entries)
+
+
+def rows_seen(made: subtree.SubtreePlan, group: int) -> tuple[list[list[int]], set[int]]:
+    """Rows of K and V that each request attends to, through items and merges; and which requests the items finish.
+
+    Walks the schedule as ``tree_decode`` does: warp by warp, so that a row that no warp or two warps hold is noticed.
+    """
+    batch = len(made.request_order)
+    seen: list[list[int]] = [[] for _ in range(batch)]
+    partials: dict[int, tuple[int, list[int]]] = {}
+    finished: set[int] = set()
+    for first, count, partial, row_warps, *bounds in made.items.tolist():
+        shared, own = bounds[:3], bounds[3:]
+        rows: list[list[int]] = [[] for _ in range(count * group)]
+        runs = [(w, made.segments[own[w] : own[w + 1]]) for w in range(made.block_warps)]
+        for g in range(made.block_warps // row_warps if row_warps > 1 else 0):
+            runs += [(w, made.segments[shared[g] : shared[g + 1]]) for w in range(row_warps)]
+        for warp, segments in runs:
+            for begin, length, row_begin, row_end in segments.tolist():
+                low = max(row_begin, warp % row_warps * 16)
+                for row in range(low, min(row_end, warp % row_warps * 16 + 16, len(rows))):
+                    rows[row] += range(begin, begin + length)
+        for i in range(count):
+            request = int(made.request_order[first + i])
+            heads = [sorted(rows[i * group + h]) for h in range(group)]
+            assert heads == heads[:1] * group
+            if partial < 0:
+                assert request not in finished
+                finished.add(request)
+                seen[request] += heads[0]
+            else:
+                assert partial + i not in partials
+                partials[partial + i] = (request, heads[0])
+    for request, offset, length in zip(made.merge_requests, made.merge_offs, made.merge_lens, strict=True):
+        assert request not in finished
+        finished.add(int(request))
+        for entry in made.merge_entries[offset : offset + length].tolist():
+            owner, found = partials.pop(entry)
+            assert owner == request
+            seen[owner] += found
+    assert not partials
+    return seen, finished
+
+
+@pytest.mark.parametrize("longest", [1, 3, 1 << 30])
+@pytest.mark.parametrize(
+    ("group", "head_dim"), [(1, 128), (3, 128), (7, 256), (16, 64), (32, 256), (33, 128), (64, 64)]
+)
+def test_every_shape_reads_each_path_once(
+    group: int, head_dim: int, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subtree, "_LONGEST", (longest,))
+    for shape in subtree.tile_shapes(group, head_dim):
+        monkeypatch.setattr(subtree, "tile_shapes", lambda *_, shape=shape: [shape])
+        for tree in TREES[:5] + TREES[20::20]:
+            kv_tree = as_kv_tree(tree)
+            seen, finished = rows_seen(subtree.plan(kv_tree, group, 1, head_dim, H200), group)
+            assert finished == set(range(kv_tree.batch_size))
+            for request, rows in enumerate(seen):
+                expected = path_rows(tree.parent, tree.seqlen, tree.request_node[request])
+                np.testing.assert_array_equal(sorted(rows), np.sort(expected))
+        monkeypatch.undo()
+        monkeypatch.setattr(subtree, "_LONGEST", (longest,))
+
+
+SHAPES = [
+    (1, 64, 128),
+    (2, 32, 128),
+    (3, 5, 64),
+    (4, 4, 32),
+    (8, 8, 16),
+    (17, 1, 128),
+    (33, 1, 64),
+    (64, 1, 128),
+    (32, 1, 256),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("group", "kv_heads", "head_dim"), [(g, min(h, 2), d) for g, h, d in SHAPES])
+@pytest.mark.parametrize("longest", [2, 1 << 30])
+def test_every_shape_is_right_on_the_gpu(
+    group: int, kv_heads: int, head_dim: int, longest: int, cupy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = subtree.tile_shapes(group, head_dim)
+    monkeypatch.setattr(subtree, "_LONGEST", (longest,))
+    for levels, tokens in (([1, 3, 40], [130, 33, 17]), ([1, 90], [100, 5])):
+        tree = ft.KVTree.from_levels(levels, tokens)
+        q, _, _, _, k, v, _ = ft.qkv_preparation(tree, group * kv_heads, kv_heads, head_dim, "cuda", "bfloat16")
+        inputs = [array.get().astype(np.float32) for array in (q, k, v)]
+        expected, _ = dense_attention(tree.parent, tree.seqlen, tree.request_node, *inputs, head_dim**-0.5)
+        for shape in shapes:
+            monkeypatch.setattr(subtree, "tile_shapes", lambda *_, shape=shape: [shape])
+            plan = ft.plan_decode(tree, group * kv_heads, kv_heads, head_dim, device="cuda")
+            out = cupy.full(q.shape, np.nan, np.float32).astype(q.dtype)
+            plan.run(q, k, v, out)
+            assert_close(out.get(), expected, DTYPES["bfloat16"])
 
 
 def test_a_long_prefix_of_few_requests_is_cut() -> None:

@@ -392,3 +392,8 @@ def test_binary_file(path: Path) -> None:
 def test_document_shows_this_example() -> None:
     document = Path(__file__).parents[1] / "docs" / "TREE_FORMAT.md"
     assert f"```text\n{EXAMPLE_FILE}```" in document.read_text(encoding="utf-8")
+
+
+def test_unsigned_numbers_do_not_wrap() -> None:
+    with pytest.raises(ValueError, match="parent holds 18446744073709551615"):
+        KVTree(np.array([2**64 - 1], np.uint64), [1])

@@ -259,3 +259,9 @@ def test_jax_arrays_on_a_gpu(jax: Any, dtype: str) -> None:
     for array, expected in zip(made[:6], prepared(leafy_tree(), dtype), strict=False):
         assert array.devices() == {device}
         np.testing.assert_array_equal(bits(array), bits(expected))
+
+
+@pytest.mark.parametrize(("seed", "error"), [(-1, ValueError), ("x", TypeError), (1.5, TypeError)])
+def test_wrong_seed_is_named(seed: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="seed is"):
+        qkv_preparation(KVTree.from_levels([1], [2]), 1, 1, 16, "cpu", seed=seed)

@@ -155,9 +155,12 @@ def _view_torch(tensor: Any, stream: int | None) -> ArrayView:
         raise TypeError("the tensor is negated lazily, resolve it first: its memory holds the negative")
     dtype = _dtype_name(tensor.dtype)
     device = _torch_device(tensor)
+    pointer, size = tensor.data_ptr(), tensor.element_size()
+    if pointer % size:
+        raise ValueError(f"elements must lie at multiples of their size ({size} bytes), got address {pointer:#x}")
     if stream is not None and device is not _CPU:
         streams.order_after(stream, "torch", device[1])
-    return ArrayView(tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), dtype, device, True, "torch", tensor)
+    return ArrayView(pointer, tuple(tensor.shape), tensor.stride(), dtype, device, True, "torch", tensor)
 
 
 def _view_dlpack(array: Any, framework: str, stream: int | None) -> ArrayView:

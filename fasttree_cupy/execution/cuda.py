@@ -25,7 +25,7 @@ PLAIN_ROWS = 4
 STAGE2_ROWS = 4
 MAX_GRID_Z = 65535
 
-# Field by field the structs of cuda_src/include/stage1_params.cuh and cuda_src/stage2.cu.
+# Field by field the structs of stage1_params.cuh, stage2.cu and plan.cuh under cuda_src.
 STAGE1_PARAMS = np.dtype(
     [(name, np.uint64) for name in ("q", "k", "v")]
     + [(name, np.uint64) for name in ("kv_entries", "kv_offs", "kv_lens", "q_entries", "q_offs", "q_lens")]

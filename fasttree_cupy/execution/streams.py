@@ -104,9 +104,9 @@ _in_use_lock = threading.Lock()
 def keep_alive(stream: int, owners: Iterable[object]) -> None:
     """Hold `owners` until what `stream` has queued so far is done; the host does not wait.
 
-    torch and CuPy free and reuse memory in the order of their current stream, which is ours too. JAX and unknown
-    frameworks do so on streams of their own: an input dropped or donated after our call could be overwritten while
-    the kernels still read it. What is done is let go of by the next call.
+    A framework reuses freed memory in the order of a stream of its own. Where that is not ours, an input dropped or
+    donated after our call could be overwritten while the kernels still read it. What is done is let go of by the next
+    call.
     """
     import cupy
 
@@ -118,11 +118,44 @@ def keep_alive(stream: int, owners: Iterable[object]) -> None:
             _in_use.popleft()
 
 
-def keep_borrowed(stream: int, views: Iterable[ArrayView]) -> None:
-    """Hold those of the arrays whose framework frees memory in an order of its own (see `keep_alive`)."""
-    owners = [view.owner for view in views if view.framework not in ("torch", "cupy")]
-    if owners:
+def keep_borrowed(stream: int, device_index: int, views: Iterable[ArrayView], own: object = None) -> None:
+    """Hold what could be reused before `stream` has read it (see `keep_alive`).
+
+    That is, what belongs to a framework that frees memory in another order than that of `stream`: torch and CuPy where
+    their current stream is another one, all others always. Under a capture nothing is held: a graph's memory is its
+    caller's to keep.
+
+    Parameters
+    ----------
+    stream : int
+        Handle of the stream that reads the memory.
+    device_index : int
+        The GPU.
+    views : iterable of ArrayView
+        The caller's arrays.
+    own : object, optional
+        Holder of our own memory, which is CuPy's.
+    """
+    in_order: dict[str, bool] = {}
+
+    def reused_in_order(framework: str) -> bool:
+        if framework not in in_order:
+            known = framework in ("torch", "cupy")
+            in_order[framework] = known and current_stream(framework, device_index) == stream
+        return in_order[framework]
+
+    owners = [view.owner for view in views if not reused_in_order(view.framework)]
+    if own is not None and not reused_in_order("cupy"):
+        owners.append(own)
+    if owners and not is_capturing(stream):
         keep_alive(stream, owners)
+
+
+def is_capturing(stream: int) -> bool:
+    """Whether a stream is being captured into a CUDA graph."""
+    import cupy
+
+    return bool(cupy.cuda.runtime.streamIsCapturing(stream))
 
 
 class ForeignStream:

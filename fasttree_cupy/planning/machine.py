@@ -47,8 +47,6 @@ H200 = Machine(132, 5.4e6, 7.6e6, 0.091, 0.10, 0.60, 0.93, 9.8, 4.3)
 fastest shape (bench/NOTES.md): effective rates, which make up for what the model leaves out."""
 
 
-def machine_of(device: int) -> Machine:
+def machine_of(multiprocessors: int) -> Machine:
     """Constants for a GPU: those of the H200, with the GPU's own number of multiprocessors."""
-    import cupy
-
-    return H200._replace(multiprocessors=float(cupy.cuda.Device(device).attributes["MultiProcessorCount"]))
+    return H200._replace(multiprocessors=float(multiprocessors))
