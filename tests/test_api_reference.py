@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reference import dense_attention
-from tolerances import assert_close
 
 import fasttree_cupy
 from fasttree_cupy import fasttree, flash_attn_wrap, kv_tree_simple
 from fasttree_cupy.execution import device
 from fasttree_cupy.metadata import MetadataTuple
 from fasttree_cupy.tree import KVTree
+from tests.reference import dense_attention
+from tests.tolerances import assert_close
 
 DOCUMENT = Path(
     os.environ.get("FASTTREE_API_REFERENCE")

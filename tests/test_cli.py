@@ -1,4 +1,4 @@
-"""The command line: the demo's numbers and exit status, wrong input, and what ``info`` says."""
+"""The command line: the demo's numbers and exit status, the plan's table and picture, wrong input, ``info``."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import os
 import re
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from reference import dense_attention
 
 from fasttree_cupy import cli, demo
 from fasttree_cupy.demo import DemoResult, Timing, run_demo
 from fasttree_cupy.execution.device import gpu_problem
+from fasttree_cupy.explain import explain_plan
 from fasttree_cupy.tree import KVTree
+from tests.reference import dense_attention
 
 ROOT = Path(__file__).resolve().parent.parent
 TREE = KVTree.from_levels([1, 2, 6], [40, 20, 10])
@@ -252,6 +254,17 @@ def test_wrong_result_is_exit_status_1(
         (["demo", "--device", "cpu", "--kernel", "mma"], "kernel is 'mma', but the work runs on the CPU"),
         (["demo", "--repeat", "0"], "argument --repeat: is 0, expected 1 or more"),
         (["demo", "--seed", "-1"], "argument --seed: is -1, expected 0 or more"),
+        (["plan", "--tree", "no such file"], "No such file or directory: 'no such file'"),
+        (["plan", "--plot", "no such folder/tree.svg"], "No such file or directory: 'no such folder/tree.svg'"),
+        (["plan", "--tree", "a", "--levels", "1"], "not allowed with argument --tree"),
+        (["plan", "--levels", "1,2"], "--levels and --tokens go together"),
+        (["plan", "--levels", "1,2", "--tokens", "1,-1"], "expected no negative number"),
+        (["plan", "--levels", "1", "--tokens", "3000000000"], "seqlen[0] is 3000000000"),
+        (["plan", "--qo-heads", "9"], "num_qo_heads is 9, expected a multiple of num_kv_heads, 8"),
+        (["plan", "--kv-heads", "0"], "num_kv_heads is 0"),
+        (["plan", "--head-dim", "80"], "argument --head-dim: invalid choice: "),
+        (["plan", "--gpu", "P4"], "argument --gpu: invalid choice: 'P4'"),
+        (["plan", "--device", "cpu"], "unrecognized arguments: --device cpu"),
     ],
 )
 def test_wrong_input(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -300,6 +313,68 @@ def test_bug_is_not_taken_for_wrong_input(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(demo, "fasttree_decode", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["demo", *SMALL, "--device", "cpu"])
+
+
+# plan
+
+
+def test_plan_prints_its_table(capsys: pytest.CaptureFixture[str]) -> None:
+    levels = ["--levels", "1,4,16,64,256,1024", "--tokens", "256,8,256,64,32,256"]
+    assert cli.main(["plan", *levels, "--head-dim", "64"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert table(captured.out) == {
+        "nodes": "1,365",
+        "requests": "1,024",
+        "unique tokens": "278,816",
+        "Split-K": "1,281  nodes attended to on their own",
+        "Split-Q": "84  nodes that take their parents' tokens along",
+        "vnodes": "64 + 1,280  phase 0 + phase 1",
+        "query tile sizes": "16, 4  adopted, in requests; H100",
+        "KV tile sizes": "32, 128  adopted, in tokens",
+        "KV split sizes": "1,024, 1,024  adopted, in tokens",
+        "partial outputs": "3,072  24.4 MiB of work space",
+    }
+
+
+def test_plan_is_the_demos(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", *SMALL, "--device", "cpu", "--repeat", "1"]) == 0
+    from_demo = table(capsys.readouterr().out)
+    assert cli.main(["plan", *SMALL]) == 0
+    planned = table(capsys.readouterr().out)
+    assert planned["vnodes"] == from_demo["vnodes"]
+    assert planned["query tile sizes"] == from_demo["query tile sizes"] + "; H100"
+    assert planned["KV tile sizes"] == from_demo["KV tile sizes"]
+
+
+def test_work_space_is_that_of_the_metadata() -> None:
+    metadata, _ = demo.prepare(TREE, (4, 2, 32), "cpu")
+    rows = {row[0]: row[1:] for row in cli.plan_rows(explain_plan(TREE, 4, 2), 32)}
+    size = (metadata.mid_o.nbytes + metadata.mid_lse.nbytes) / 2**20
+    assert rows["partial outputs"] == (str(len(metadata.mid_o)), f"{size:.1f} MiB of work space")
+
+
+@pytest.mark.parametrize("gpu", ["A100", "V100"])
+def test_plan_takes_a_gpus_sizes(gpu: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--levels", "1,64", "--tokens", "9,9", "--kv-heads", "32", "--gpu", gpu]) == 0
+    made = explain_plan(KVTree.from_levels([1, 64], [9, 9]), 32, 32, gpu).plan
+    expected = "{}, {}".format(*made.q_tile_sizes)
+    assert table(capsys.readouterr().out)["query tile sizes"] == f"{expected}  adopted, in requests; {gpu}"
+
+
+def test_plan_draws_a_tree_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, picture = tmp_path / "a < b & c.txt", tmp_path / "tree.svg"
+    TREE.to_file(file)
+    assert cli.main(["plan", "--tree", str(file), *SMALL[4:], "--plot", str(picture)]) == 0
+    assert table(capsys.readouterr().out)["nodes"] == "9"
+    root = ElementTree.fromstring(picture.read_text(encoding="utf-8"))
+    assert root[0].text == "Plan of a < b & c.txt"
+
+
+def test_plan_names_levels_in_the_picture(tmp_path: Path) -> None:
+    assert cli.main(["plan", "--plot", str(tmp_path / "tree.svg")]) == 0
+    root = ElementTree.fromstring((tmp_path / "tree.svg").read_text(encoding="utf-8"))
+    assert root[0].text == "Plan of levels 1,16,64 of 1024,256,32 tokens"
 
 
 # info

@@ -13,11 +13,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from reference import dense_attention
-from tolerances import assert_close
 
 from fasttree_cupy.execution import cpu
 from fasttree_cupy.metadata import MetadataTuple
+from tests.reference import dense_attention
+from tests.tolerances import assert_close
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "golden_preparation.json").read_text())
 DTYPES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]

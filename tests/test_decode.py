@@ -11,18 +11,19 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-import cases
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import Case, Tree
-from reference import dense_attention
-from tolerances import BOUNDS, assert_close
 
 from fasttree_cupy.decode import fasttree_decode
 from fasttree_cupy.params import FastTreeParams
+from fasttree_cupy.plan import plan_decode
 from fasttree_cupy.preparation import fasttree_preparation
 from fasttree_cupy.tree import KVTree
+from tests import cases
+from tests.cases import Case, Tree
+from tests.reference import dense_attention
+from tests.tolerances import BOUNDS, assert_close
 
 SEED = int(os.environ.get("FASTTREE_TEST_SEED", time.time_ns() % 2**32))
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -245,6 +246,63 @@ def test_no_token_at_all(backend: str) -> None:
 def test_scores_beyond_the_range_of_exp(backend: str, dtype: str, cap: float) -> None:
     """exp of these scores, thousands, would overflow float32."""
     check(replace(BASIC, dtype=dtype, logit_cap=cap), backend, amplitude=1000.0)
+
+
+@backends
+@pytest.mark.parametrize("cap", [1e3, 1e5, 1e9, 3e38])
+def test_a_cap_far_above_the_scores_changes_nothing(backend: str, cap: float) -> None:
+    check(replace(BASIC, logit_cap=cap), backend)
+
+
+@backends
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_one_requests_infinity_stays_its_own(backend: str, value: float) -> None:
+    """A value that is not finite in a leaf reaches the request that ends there, and no other."""
+    tree = cases.levels_tree("leaves", [1, 3, 12], [40, 17, 5])
+    case = replace(BASIC, tree=tree)
+    metadata, params = prepare(case, backend)
+    inputs = make_inputs(case, namespace(backend), 1.0)
+    inputs.v.view(np.uint16)[-1] = np.full(1, value, DTYPES[case.dtype]).view(np.uint16)[
+        0
+    ]  # the last leaf's last token
+    kernel = "auto" if backend == "cpu" else backend
+    fasttree_decode(
+        inputs.q, inputs.k, inputs.v, inputs.o, *metadata, params.TSQs, params.TSKs, case.head_dim**-0.5, kernel=kernel
+    )
+    actual = result_bits(inputs, backend).view(DTYPES[case.dtype]).astype(np.float64)
+    assert np.isfinite(actual[:-1]).all()
+    expected = np.full_like(actual[-1], value)
+    np.testing.assert_array_equal(actual[-1], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["mma", "plain", "plan"])
+def test_arrays_of_more_than_2_31_elements(backend: str, cupy: Any) -> None:
+    tokens, kv_heads, head_dim = 1_100_000, 8, 256
+    needed = 5 * tokens * kv_heads * head_dim
+    if cupy.cuda.runtime.memGetInfo()[0] < needed:
+        pytest.skip(f"needs {needed} bytes of GPU memory")
+    tree = KVTree([-1, 0, 0], [3, tokens, 40], [1, 2])
+    rng = np.random.default_rng(SEED)
+    q = cupy.asarray(rng.standard_normal((2, kv_heads, head_dim), np.float32).astype(np.float16))
+    k, v = (cupy.zeros((tree.unique_tokens, kv_heads, head_dim), np.float16) for _ in range(2))
+    rows = np.r_[0:3, 3 + tokens : 43 + tokens]
+    seen = [rng.standard_normal((len(rows), kv_heads, head_dim), np.float32).astype(np.float16) for _ in range(2)]
+    for array, values in zip((k, v), seen, strict=True):
+        array[:3], array[-40:] = cupy.asarray(values[:3]), cupy.asarray(values[3:])
+    out = cupy.full_like(q, np.nan)
+    if backend == "plan":
+        plan_decode(tree, kv_heads, kv_heads, head_dim, device="cuda").run(q, k, v, out)
+    else:
+        params = FastTreeParams()
+        metadata, _ = fasttree_preparation(
+            tree, tree.kv_ptrs, 2, kv_heads, kv_heads, head_dim,
+            [1024, 128], [132, 528], [132, 132], params, device="cuda", verbose=False,
+        )  # fmt: skip
+        fasttree_decode(q, k, v, out, *metadata, params.TSQs, params.TSKs, head_dim**-0.5, kernel=backend)
+    expected, _ = dense_attention([-1], [len(rows)], [0], q[1:].get(), *seen, head_dim**-0.5)
+    assert_close(out[1:].get(), expected, np.float16)
+    assert np.isfinite(out[:1].get()).all()
 
 
 @backends

@@ -15,8 +15,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from reference import dense_attention
-from tolerances import assert_close
 
 from fasttree_cupy.decode import fasttree_decode
 from fasttree_cupy.execution import arrays
@@ -25,6 +23,8 @@ from fasttree_cupy.metadata import MetadataTuple
 from fasttree_cupy.params import FastTreeParams
 from fasttree_cupy.preparation import fasttree_preparation
 from fasttree_cupy.tree import KVTree
+from tests.reference import dense_attention
+from tests.tolerances import assert_close
 
 ROOT = Path(__file__).resolve().parent.parent
 TREE = KVTree.from_levels([1, 3, 12], [70, 40, 20])

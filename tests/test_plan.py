@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
 import pytest
 
 import fasttree_cupy as ft
+from fasttree_cupy.execution.streams import keep_alive
 from fasttree_cupy.planning import subtree
 from fasttree_cupy.planning.machine import H200
 from tests.cases import CASES, TREES, Case, Tree
 from tests.reference import dense_attention, path_rows
 from tests.test_decode import DTYPES, make_inputs, namespace, reference, result_bits
+from tests.test_interop import spin_then_fill
 from tests.tolerances import assert_close
 
 # On the CPU a plan runs what test_decode.py tests case by case: a few are enough.
@@ -283,3 +287,29 @@ def test_a_graph_replays_and_runs_agree_to_the_bit(cupy: Any) -> None:
         if factor == 2:
             q /= 2
     assert (out.view(np.uint16) == first.view(np.uint16)).all()
+
+
+@pytest.mark.gpu
+def test_a_dropped_plans_memory_is_held_for_the_stream_that_reads_it(cupy: Any) -> None:
+    tree = ft.KVTree.from_levels([1, 4, 16], [700, 40, 9])
+    q, _, _, _, k, v, _ = ft.qkv_preparation(tree, 8, 2, 64, "cuda")
+    plan = ft.plan_decode(tree, 8, 2, 64)
+    expected = plan.run(q, k, v).get()
+    scratch = cupy.zeros(96, np.uint16)
+    out = cupy.full_like(q, np.nan)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    spin_then_fill(cupy, scratch.data.ptr, 1, stream.ptr)  # compiles
+    stream.synchronize()
+    cupy.cuda.Device().synchronize()
+
+    spin_then_fill(cupy, scratch.data.ptr, 1, stream.ptr)
+    plan.run(q, k, v, out, stream=stream)
+    schedule = weakref.ref(plan.schedule)
+    del plan
+    gc.collect()
+    assert not stream.done
+    assert schedule() is not None
+    stream.synchronize()
+    keep_alive(stream.ptr, [])
+    assert schedule() is None
+    np.testing.assert_array_equal(out.get().view(np.uint16), expected.view(np.uint16))

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import PAPER_LEVELS, levels_tree
-from reference import dense_attention, path_rows
-from tolerances import assert_close
+
+from tests.cases import PAPER_LEVELS, levels_tree
+from tests.reference import dense_attention, path_rows
+from tests.tolerances import assert_close
 
 
 def test_paths_go_from_the_root_to_the_node() -> None:
