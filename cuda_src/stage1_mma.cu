@@ -1,8 +1,8 @@
-// Grid (vnodes of the phase, KV heads, row blocks), block kWarps * 32 threads: kRows query rows against a vnode's tokens.
+// Grid (vnodes of the phase, KV heads, row blocks), block kWarps * 32 threads: kRows query rows against a vnode.
 //
 // Stage 1 on tensor cores (sm_80 and later). K and V rows are gathered into a ring of shared-memory tiles by cp.async
-// while the warps work on an earlier tile. kRowWarps warps split the rows; kTokenWarps split a tile's tokens, each with a
-// softmax state of its own, and are merged once at the end: few rows still keep every warp busy.
+// while the warps work on an earlier tile. kRowWarps warps split the rows; kTokenWarps split a tile's tokens, each with
+// a softmax state of its own, and are merged once at the end: few rows still keep every warp busy.
 #include "stage1_params.cuh"
 #include "warp_rows.cuh"
 
@@ -141,8 +141,8 @@ __device__ __forceinline__ void attend_block(const VnodeView& vnode, int first_r
     const u32 ring = u32(__cvta_generic_to_shared(shared));
     const int tiles = ceil_div(vnode.kv_len, kKvTile);
 
-    // Each warp gathers kWarpRows rows of a tile. Their entries are fetched one tile ahead of the rows themselves: a copy
-    // never waits for its own addresses.
+    // Each warp gathers kWarpRows rows of a tile. Their entries are fetched one tile ahead of the rows themselves: a
+    // copy never waits for its own addresses.
     constexpr int kWarpRows = kKvTile / kWarps;
     const int copy_row = threadIdx.x / kWarpSize * kWarpRows;
     using Gather = WarpGather<kWarpRows, kHeadDim>;
@@ -193,7 +193,8 @@ __device__ __forceinline__ void attend_block(const VnodeView& vnode, int first_r
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, min_blocks(kThreads)) stage1_mma(const __grid_constant__ Stage1Params p) {
+extern "C" __global__ void __launch_bounds__(kThreads, min_blocks(kThreads))
+stage1_mma(const __grid_constant__ Stage1Params p) {
     extern __shared__ __align__(1024) unsigned char shared[];
     const VnodeView vnode(p, p.first_vnode + blockIdx.x, blockIdx.y);
     for (int row = blockIdx.z * kRows; row < vnode.num_rows; row += gridDim.z * kRows) {

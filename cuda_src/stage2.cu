@@ -50,7 +50,7 @@ stage2(const __grid_constant__ Stage2Params p) {
     SoftmaxState state;
     float o[kLaneDims] = {};
     for (int first = 0; first < count; first += kUnroll) {
-        // All loads of a group are issued before the first use. Past the end the last partial is read again, and masked.
+        // All loads of a group are issued before the first use. Past the end the last partial is read again and masked.
         Partial part[kUnroll];
         float score[kUnroll];
         float highest = -kInfinity;

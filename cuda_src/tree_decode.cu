@@ -75,7 +75,8 @@ struct Operands {
           v_stride(int(p.v_stride_token)), to_score{p.sm_scale, p.logit_cap} {}
 
     // Starts the copy of the warp's share of a tile: 16 tokens from token `first` of the tile on.
-    __device__ __forceinline__ void gather(const TileCursor& cursor, u32 k_share, u32 v_share, int first, int lane) const {
+    __device__ __forceinline__ void gather(const TileCursor& cursor, u32 k_share, u32 v_share, int first,
+                                           int lane) const {
         using Gather = WarpGather<kWarpTokens, kHeadDim>;
         const int count = cursor.segment.kv_len - cursor.offset - first;
         const i64 token = cursor.segment.kv_begin + cursor.offset + first;

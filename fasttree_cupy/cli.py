@@ -1,10 +1,13 @@
-"""Command line: ``fasttree-cupy demo`` decodes a tree and compares with dense attention, ``info`` shows the machine."""
+"""Command line: ``fasttree-cupy demo`` decodes a tree and compares with dense attention, ``plan`` shows how the
+documented heuristic plans it, ``info`` shows the machine.
+"""
 
 from __future__ import annotations
 
 import argparse
 import platform
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import numba
@@ -23,9 +26,12 @@ from fasttree_cupy.demo import (
 from fasttree_cupy.execution import cuda
 from fasttree_cupy.execution.device import gpu_problem, resolve_device
 from fasttree_cupy.execution.kernels import HEAD_DIMS
+from fasttree_cupy.explain import ExplainedPlan, explain_plan
+from fasttree_cupy.params import PRESETS
+from fasttree_cupy.plot import plan_svg
 from fasttree_cupy.tree import KVTree
 
-__all__ = ["demo_rows", "format_table", "info_rows", "main"]
+__all__ = ["demo_rows", "format_table", "info_rows", "main", "plan_rows"]
 
 LEVELS, TOKENS = [1, 16, 64], [1024, 256, 32]
 
@@ -56,21 +62,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(format_table(info_rows()))
         return 0
     try:
-        result = run_demo(
-            chosen_tree(args),
-            num_qo_heads=args.qo_heads,
-            num_kv_heads=args.kv_heads,
-            head_dim=args.head_dim,
-            dtype=args.dtype,
-            device=None if args.device == "auto" else args.device,
-            kernel=args.kernel,
-            seed=args.seed,
-            repeat=args.repeat,
-        )
+        rows, status = demo_command(args) if args.command == "demo" else plan_command(args)
     except (ValueError, OSError, MemoryError) as error:
         parser.error(one_line(error))
-    print(format_table(demo_rows(result)))
-    return 0 if result.passed else 1
+    print(format_table(rows))
+    return status
+
+
+def demo_command(args: argparse.Namespace) -> tuple[list[Row], int]:
+    """The demo's table, and the exit status."""
+    result = run_demo(
+        chosen_tree(args),
+        num_qo_heads=args.qo_heads,
+        num_kv_heads=args.kv_heads,
+        head_dim=args.head_dim,
+        dtype=args.dtype,
+        device=None if args.device == "auto" else args.device,
+        kernel=args.kernel,
+        seed=args.seed,
+        repeat=args.repeat,
+    )
+    return demo_rows(result), 0 if result.passed else 1
+
+
+def plan_command(args: argparse.Namespace) -> tuple[list[Row], int]:
+    """The plan's table, and the exit status; writes the picture where one is wanted."""
+    explained = explain_plan(chosen_tree(args), args.qo_heads, args.kv_heads, args.gpu)
+    rows = plan_rows(explained, args.head_dim)
+    if args.plot is not None:
+        picture = plan_svg(explained, tree_name(args))
+        Path(args.plot).write_text(picture, encoding="utf-8", newline="\n")
+    return rows, 0
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -82,22 +104,31 @@ class OneLineParser(argparse.ArgumentParser):
 
 def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="fasttree-cupy", description="Attention over tree-shaped KV caches.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | info")
-    commands.add_parser("info", help="show versions, the GPU, and which kernel would be used")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | plan | info")
     demo = commands.add_parser("demo", help="decode a tree and compare with dense attention")
-    tree = demo.add_mutually_exclusive_group()
-    tree.add_argument("--tree", metavar="FILE", help="tree file, see docs/TREE_FORMAT.md")
-    tree.add_argument("--levels", type=integers, metavar="N,N,...", help="nodes of each level (default: 1,16,64)")
-    demo.add_argument("--tokens", type=integers, metavar="N,N,...", help="tokens of a level's nodes (1024,256,32)")
-    demo.add_argument("--qo-heads", type=int, default=32, metavar="N", help="query heads (32)")
-    demo.add_argument("--kv-heads", type=int, default=8, metavar="N", help="KV heads (8)")
-    demo.add_argument("--head-dim", type=int, default=128, choices=HEAD_DIMS, help="elements of a head (128)")
+    add_problem(demo)
     demo.add_argument("--dtype", default="float16", choices=ERROR_BOUNDS, help="of Q, K, V and O (float16)")
     demo.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU where usable")
     demo.add_argument("--kernel", default="auto", choices=cuda.KERNELS, help="stage-1 kernel on a GPU (auto)")
     demo.add_argument("--seed", type=non_negative, default=0, metavar="N", help="of the random Q, K and V (0)")
     demo.add_argument("--repeat", type=positive, default=5, metavar="N", help="timed runs, the median counts (5)")
+    plan = commands.add_parser("plan", help="show how the documented heuristic plans a tree; needs no GPU")
+    add_problem(plan)
+    plan.add_argument("--gpu", default="H100", choices=PRESETS, help="whose tile sizes and thresholds (H100)")
+    plan.add_argument("--plot", metavar="FILE", help="draw the tree and its vnodes into this SVG file")
+    commands.add_parser("info", help="show versions, the GPU, and which kernel would be used")
     return parser
+
+
+def add_problem(command: argparse.ArgumentParser) -> None:
+    """The tree and the heads, which `demo` and `plan` share."""
+    tree = command.add_mutually_exclusive_group()
+    tree.add_argument("--tree", metavar="FILE", help="tree file, see docs/TREE_FORMAT.md")
+    tree.add_argument("--levels", type=integers, metavar="N,N,...", help="nodes of each level (default: 1,16,64)")
+    command.add_argument("--tokens", type=integers, metavar="N,N,...", help="tokens of a level's nodes (1024,256,32)")
+    command.add_argument("--qo-heads", type=int, default=32, metavar="N", help="query heads (32)")
+    command.add_argument("--kv-heads", type=int, default=8, metavar="N", help="KV heads (8)")
+    command.add_argument("--head-dim", type=int, default=128, choices=HEAD_DIMS, help="elements of a head (128)")
 
 
 def integers(text: str) -> list[int]:
@@ -131,6 +162,14 @@ def chosen_tree(args: argparse.Namespace) -> KVTree:
     return KVTree.from_levels(args.levels or LEVELS, args.tokens or TOKENS)
 
 
+def tree_name(args: argparse.Namespace) -> str:
+    """What a picture calls the tree."""
+    if args.tree is not None:
+        return Path(args.tree).name
+    nodes, tokens = (",".join(map(str, numbers)) for numbers in (args.levels or LEVELS, args.tokens or TOKENS))
+    return f"levels {nodes} of {tokens} tokens"
+
+
 # What is printed.
 
 
@@ -146,9 +185,9 @@ def demo_rows(result: DemoResult) -> list[Row]:
         ("unique tokens", f"{r.unique_tokens:,}"),
         ("summed tokens", f"{r.summed_tokens:,}", "over the requests' paths"),
         ("sharing factor", f"{r.sharing_factor:.2f}", "summed / unique"),
-        ("vnodes", f"{r.vnodes[0]:,} + {r.vnodes[1]:,}", "phase 0 + phase 1"),
-        ("query tile sizes", f"{r.q_tile_sizes[0]}, {r.q_tile_sizes[1]}", "adopted, in requests"),
-        ("KV tile sizes", f"{r.kv_tile_sizes[0]}, {r.kv_tile_sizes[1]}", "adopted, in tokens"),
+        ("vnodes", *phase_cells(r.vnodes, " + ", "phase 0 + phase 1")),
+        ("query tile sizes", *phase_cells(r.q_tile_sizes, ", ", "adopted, in requests")),
+        ("KV tile sizes", *phase_cells(r.kv_tile_sizes, ", ", "adopted, in tokens")),
         ("preparation", *time_cells(r.preparation)),
         ("decode", *time_cells(r.decode)),
         ("dense attention", duration(r.dense.median), f"{runs(r.dense)}; {r.dense_kind}"),
@@ -159,6 +198,29 @@ def demo_rows(result: DemoResult) -> list[Row]:
             f"{verdict} the bound of {r.error_bound:.0e}, against float64 dense attention, {checked} requests",
         ),
     ]
+
+
+def plan_rows(explained: ExplainedPlan, head_dim: int) -> list[Row]:
+    """The rows of the plan's table."""
+    tree, made = explained.tree, explained.plan
+    partials = len(made.vnode_to_q_entries)
+    work_space = partials * explained.num_qo_heads * (head_dim + 1) * 4
+    return [
+        ("nodes", f"{tree.num_nodes:,}"),
+        ("requests", f"{tree.batch_size:,}"),
+        ("unique tokens", f"{tree.unique_tokens:,}"),
+        ("Split-K", f"{tree.num_nodes - explained.num_split_q:,}", "nodes attended to on their own"),
+        ("Split-Q", f"{explained.num_split_q:,}", "nodes that take their parents' tokens along"),
+        ("vnodes", *phase_cells(made.phase_node_nums, " + ", "phase 0 + phase 1")),
+        ("query tile sizes", *phase_cells(made.q_tile_sizes, ", ", f"adopted, in requests; {explained.gpu}")),
+        ("KV tile sizes", *phase_cells(made.kv_tile_sizes, ", ", "adopted, in tokens")),
+        ("KV split sizes", *phase_cells(made.kv_split_sizes, ", ", "adopted, in tokens")),
+        ("partial outputs", f"{partials:,}", f"{work_space / 2**20:,.1f} MiB of work space"),
+    ]
+
+
+def phase_cells(numbers: Sequence[int], separator: str, note: str) -> Row:
+    return separator.join(f"{number:,}" for number in numbers), note
 
 
 def time_cells(timing: Timing) -> Row:

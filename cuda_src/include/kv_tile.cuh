@@ -1,4 +1,4 @@
-// K and V tiles in shared memory: asynchronous gather of rows, and a swizzle that keeps ldmatrix free of bank conflicts.
+// K and V tiles in shared memory: asynchronous gather of rows, and a swizzle that spares ldmatrix bank conflicts.
 #pragma once
 #include "config.cuh"
 
@@ -21,8 +21,8 @@ __device__ __forceinline__ void wait_copies() {
 //
 // ldmatrix reads one chunk of eight consecutive rows at a time. Their bank is fixed by the chunk's index and, in rows
 // shorter than 128 bytes, by the row's place in a 128-byte line: exclusive-or spreads the eight over all banks. It also
-// makes addresses cheap: what depends on the lane is one number, and a step to another chunk or row is an exclusive-or or
-// a sum with a constant.
+// makes addresses cheap: what depends on the lane is one number, and a step to another chunk or row is an exclusive-or
+// or a sum with a constant.
 template <int kDim>
 struct TileLayout {
     static constexpr int kRowBytes = kDim * 2;
@@ -45,7 +45,9 @@ struct WarpGather {
     static_assert(Layout::kChunks <= kWarpSize, "a warp copies at least one row a pass");
     static_assert(kRows <= kWarpSize, "each lane holds one entry");
 
-    static __device__ __forceinline__ int row(int pass, int lane) { return pass * kRowsPerPass + lane / Layout::kChunks; }
+    static __device__ __forceinline__ int row(int pass, int lane) {
+        return pass * kRowsPerPass + lane / Layout::kChunks;
+    }
     // Shared address of this lane's chunk in a pass, `first` being that of pass 0.
     static __device__ __forceinline__ u32 shared_address(u32 first, int pass) {
         return (first ^ Layout::swizzle(pass * kRowsPerPass)) + pass * kRowsPerPass * Layout::kRowBytes;
@@ -55,7 +57,8 @@ struct WarpGather {
     }
 
     // Copies the rows that lane i's entry i names; a negative entry gives zeros.
-    static __device__ __forceinline__ void copy_entries(u32 tile, const u16* base, int row_stride, int entry, int lane) {
+    static __device__ __forceinline__ void copy_entries(u32 tile, const u16* base, int row_stride, int entry,
+                                                        int lane) {
         const u32 first = first_address(tile, lane);
         base += lane % Layout::kChunks * 8;
 #pragma unroll

@@ -12,7 +12,7 @@ struct alignas(16) Segment {
 
 // One block's work for one KV head: the query rows of consecutive requests (in plan order) against lists of segments.
 // A row is one query head of one request: row = request in item * group + head in group. Row warp w holds the rows
-// [16 w, 16 w + 16); the warps of a block form token groups of row_warps warps each, every group with tokens of its own.
+// [16 w, 16 w + 16); the warps of a block form token groups of row_warps warps each, every group with its own tokens.
 // Mirrored by ITEM_FIELDS in fasttree_cupy/planning/subtree.py.
 struct Item {
     int first_position;  // first request, an index into request_order
