@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -126,6 +127,7 @@ def decode_tables(document: dict[str, Any], own: str | None = None, full: bool =
         _provenance(document),
         _table(header, body),
         _planning_cost(document, own),
+        _host_cost(document),
         _losses(document, own, peers),
     ]
     return [block for block in [*blocks, *([_every_case(document, own, peers)] if full else [])] if block]
@@ -172,6 +174,23 @@ def _planning_cost(document: dict[str, Any], own: str) -> str:
         f"{display_name(own, document)}: planning a tree takes {min(plans):.2f} to {max(plans):.2f} ms, upload "
         f"included, and serves any number of decodes; its share included, a decode takes {', '.join(parts)} decodes a "
         "plan."
+    )
+
+
+def _host_cost(document: dict[str, Any]) -> str:
+    """One sentence: what a call costs the host, which a caller without a graph or a queue waits for."""
+    parts = []
+    for name in document["contestants"]:
+        found = [best for row in document["cases"] if (best := best_variant(row, name)) and best.get("host_us")]
+        if found:
+            parts.append(
+                f"{statistics.median(best['host_us'] for best in found):.0f} us ({display_name(name, document)})"
+            )
+    if not parts:
+        return ""
+    return (
+        f"To queue one call takes the host, in the median case, {', '.join(parts)}: called one by one, without a CUDA "
+        "graph or work queued ahead, shorter decodes wait for that."
     )
 
 
