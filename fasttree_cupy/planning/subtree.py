@@ -195,10 +195,8 @@ def _list_of(layout: _Layout, node: int, tile: int, group: int, row_warps: int, 
 
 
 @njit(cache=True)
-def _measure(
-    layout: _Layout, batch: int, group: int, block_warps: int, row_warps: int, requests: int
-) -> tuple[Int64Array, Int64Array]:
-    """Steps that a warp of each tile's block takes, and over all: own and shared warp steps, tokens read."""
+def _measure(layout: _Layout, batch: int, group: int, row_warps: int, requests: int) -> tuple[Int64Array, Int64Array]:
+    """Steps that a warp of each tile takes in one token group, and over all: own and shared warp steps, tokens read."""
     num_tiles = -(-batch // requests)
     lists = row_warps + 1
     count = np.zeros(num_tiles * lists, np.int64)  # of tiles of tokens
@@ -212,7 +210,6 @@ def _measure(
             which, _, _ = _list_of(layout, node, tile, group, row_warps, requests)
             count[tile * lists + which] += shared_count if which == 0 else own_count
             work[2] += layout.seqlen[node]
-    groups = block_warps // row_warps
     steps = np.empty(num_tiles, np.int64)
     for tile in range(num_tiles):
         shared = count[tile * lists] * row_warps
@@ -222,19 +219,20 @@ def _measure(
             longest = max(longest, own)
             work[0] += own
         work[1] += shared * row_warps
-        steps[tile] = -(-(shared + longest) // groups)
+        steps[tile] = shared + longest
     return steps, work
 
 
 @njit(cache=True)
-def _runs(steps: Int64Array, batch: int, requests: int) -> Int64Array:
-    """Runs of tiles alike: steps, number of tiles, requests in them."""
+def _runs(steps: Int64Array, groups: int, batch: int, requests: int) -> Int64Array:
+    """Runs of tiles alike: steps shared by the token groups, number of tiles, requests in them."""
     runs = np.empty((len(steps), 3), np.int64)
     last = -1
     for tile in range(len(steps)):
-        if last < 0 or runs[last, 0] != steps[tile]:
+        part = -(-steps[tile] // groups)
+        if last < 0 or runs[last, 0] != part:
             last += 1
-            runs[last] = (steps[tile], 0, 0)
+            runs[last] = (part, 0, 0)
         runs[last, 1] += 1
         runs[last, 2] += min(requests, batch - tile * requests)
     return runs[: last + 1]
@@ -258,10 +256,12 @@ def _choose(
     row_bytes = 2.0 * head_dim * num_kv_heads * group
     memory = (unique_tokens * token_bytes + 2.0 * batch * row_bytes) / hbm
     best = (0, 0, np.inf)
+    steps, work = _measure(layout, batch, group, shapes[0, 1], shapes[0, 2])
     for index in range(len(shapes)):
         block_warps, row_warps, requests = shapes[index]
-        steps, work = _measure(layout, batch, group, block_warps, row_warps, requests)
-        runs = _runs(steps, batch, requests)
+        if index > 0 and (row_warps != shapes[index - 1, 1] or requests != shapes[index - 1, 2]):
+            steps, work = _measure(layout, batch, group, row_warps, requests)
+        runs = _runs(steps, block_warps // row_warps, batch, requests)
         cache = work[2] * token_bytes / l2
         for limit in limits:
             cost = _cost(runs, work, limit, block_warps, memory, cache, row_bytes, num_kv_heads, head_dim, machine)
@@ -324,8 +324,8 @@ def _build(
 ) -> tuple[Int32Array, Int32Array, tuple[Int32Array, Int32Array, Int32Array, Int32Array]]:
     """Items, the longest first, their segments, and the lists of the merge."""
     batch = len(request_order)
-    steps, _ = _measure(layout, batch, group, block_warps, row_warps, requests)
-    pieces = np.maximum(1, -(-steps // longest))
+    steps, _ = _measure(layout, batch, group, row_warps, requests)
+    pieces = np.maximum(1, -(-(-(-steps // (block_warps // row_warps))) // longest))
     bounds, segments = _tiles(layout, batch, group, row_warps, requests)
     items, cut_segments, lengths = _cut(bounds, segments, pieces, batch, block_warps, row_warps, requests)
     order = np.argsort(-lengths, kind="mergesort")
