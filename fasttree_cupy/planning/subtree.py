@@ -325,7 +325,8 @@ def _build(
     """Items, the longest first, their segments, and the lists of the merge."""
     batch = len(request_order)
     steps, _ = _measure(layout, batch, group, row_warps, requests)
-    pieces = np.maximum(1, -(-(-(-steps // (block_warps // row_warps))) // longest))
+    groups = block_warps // row_warps
+    pieces = np.maximum(1, -(-steps // (groups * longest)))
     bounds, segments = _tiles(layout, batch, group, row_warps, requests)
     items, cut_segments, lengths = _cut(bounds, segments, pieces, batch, block_warps, row_warps, requests)
     order = np.argsort(-lengths, kind="mergesort")
