@@ -181,7 +181,7 @@ def make_schedule(tree: KVTree, num_qo_heads: int, num_kv_heads: int, head_dim: 
     if device != "cpu" and SubtreeSchedule.problem(device, group, head_dim) is None:
         index = int(device.removeprefix("cuda:"))
         made = subtree.plan(tree, group, num_kv_heads, head_dim, machine_of(cuda.multiprocessors(index)))
-        return SubtreeSchedule(made, num_qo_heads, head_dim, index)
+        return SubtreeSchedule(made, num_qo_heads, head_dim, device)
     chosen = preset("H100")
     params = FastTreeParams.for_gpu("H100", group)
     heuristic = greedy.plan(

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from fasttree_cupy.checks import checked_head_dim
 from fasttree_cupy.execution.device import resolve_device
-from fasttree_cupy.execution.upload import upload
+from fasttree_cupy.execution.upload import place_schedule
 from fasttree_cupy.metadata import MetadataTuple, PhaseNodeNums
 from fasttree_cupy.params import FastTreeParams, checked_heads, checked_int, checked_pair
 from fasttree_cupy.planning.greedy import GreedyPlan, plan
@@ -105,7 +105,7 @@ def fasttree_preparation(
         params.TSQs, params.TSKs, params.kv_group_num,
     )  # fmt: skip
     mid_shape = (len(made.vnode_to_q_entries), num_heads, head_dim)
-    arrays, mid_o, mid_lse = _place(list(made[:9]), mid_shape, place)
+    arrays, mid_o, mid_lse = place_schedule(made[:9], mid_shape, place)
     nums = PhaseNodeNums(made.phase_node_nums, tree.unique_tokens)
     metadata = MetadataTuple._make([*arrays, mid_o, mid_lse, nums, made.phase_node_offsets])
     assignments = made.node_assignments.tolist()
@@ -132,20 +132,6 @@ def _check_rows(tree: KVTree, KV_ptrs: Sequence[int] | npt.NDArray[Any], batch_s
         raise ValueError(
             f"KV_ptrs[{i}] is {ptrs[i]}, expected {tree.kv_ptrs[i]}: the tokens of the nodes before node {i}"
         )
-
-
-def _place(
-    arrays: list[npt.NDArray[np.int32]], mid_shape: tuple[int, int, int], device: str
-) -> tuple[list[Any], Any, Any]:
-    """The arrays on the device, and the two work spaces."""
-    if device == "cpu":
-        return list(arrays), np.empty(mid_shape, np.float32), np.empty(mid_shape[:2], np.float32)
-    import cupy
-
-    index = int(device.removeprefix("cuda:"))
-    with cupy.cuda.Device(index):
-        mid_o, mid_lse = cupy.empty(mid_shape, cupy.float32), cupy.empty(mid_shape[:2], cupy.float32)
-    return upload(arrays, index), mid_o, mid_lse
 
 
 def _statistics(tree: KVTree, made: GreedyPlan, device: str) -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Protocol
 
 from fasttree_cupy.execution import cpu, cuda
 from fasttree_cupy.execution.arrays import ArrayView, view
 from fasttree_cupy.execution.kernels import MMA_COMPUTE_CAPABILITY, block_warps
 from fasttree_cupy.execution.operands import Operands
-from fasttree_cupy.execution.upload import upload
+from fasttree_cupy.execution.upload import place_schedule
 from fasttree_cupy.metadata import MetadataTuple, PhaseNodeNums
 
 if TYPE_CHECKING:
@@ -35,19 +33,14 @@ class Schedule(Protocol):
 class SubtreeSchedule:
     """Items of our own planner, run by ``tree_decode``; a merge follows where tokens were cut."""
 
-    def __init__(self, made: SubtreePlan, num_qo_heads: int, head_dim: int, device: int) -> None:
-        import cupy
-
+    def __init__(self, made: SubtreePlan, num_qo_heads: int, head_dim: int, device: str) -> None:
         self.num_items = len(made.items)
         self.num_merges = len(made.merge_requests)
         self.row_warps = made.row_warps
         self.block_warps = made.block_warps
-        partials = len(made.merge_entries)
+        mid_shape = (len(made.merge_entries), num_qo_heads, head_dim)
         # Held here: the kernels get bare pointers.
-        self.arrays = upload(made[:7], device)
-        with cupy.cuda.Device(device):
-            self.mid_o = cupy.empty((partials, num_qo_heads, head_dim), np.float32)
-            self.mid_lse = cupy.empty((partials, num_qo_heads), np.float32)
+        self.arrays, self.mid_o, self.mid_lse = place_schedule(made[:7], mid_shape, device)
         self.workspace_bytes = int(self.mid_o.nbytes + self.mid_lse.nbytes)
         items, segments, order, requests, entries, offs, lens = (array.data.ptr for array in self.arrays)
         self.mid = (self.mid_o.data.ptr, self.mid_lse.data.ptr)
@@ -89,23 +82,13 @@ class HeuristicSchedule:
     """The documented heuristic's metadata: for the CPU, and for what ``tree_decode`` does not serve."""
 
     def __init__(self, made: GreedyPlan, num_tokens: int, num_qo_heads: int, head_dim: int, device: str) -> None:
-        partials = len(made.vnode_to_q_entries)
-        shapes = ((partials, num_qo_heads, head_dim), (partials, num_qo_heads))
         self.q_tile_sizes = made.q_tile_sizes
-        lists: list[Any] = list(made[:9])
-        if device == "cpu":
-            mid = [np.empty(shape, np.float32) for shape in shapes]
-        else:
-            import cupy
-
-            index = int(device.removeprefix("cuda:"))
-            lists = upload(lists, index)
-            with cupy.cuda.Device(index):
-                mid = [cupy.empty(shape, np.float32) for shape in shapes]
+        mid_shape = (len(made.vnode_to_q_entries), num_qo_heads, head_dim)
+        lists, mid_o, mid_lse = place_schedule(made[:9], mid_shape, device)
         nums = PhaseNodeNums(made.phase_node_nums, num_tokens)
-        self.metadata = MetadataTuple._make([*lists, *mid, nums, made.phase_node_offsets])
+        self.metadata = MetadataTuple._make([*lists, mid_o, mid_lse, nums, made.phase_node_offsets])
         self.views = [view(name, self.metadata[i]) for i, name in enumerate(MetadataTuple._fields[:11])]
-        self.workspace_bytes = int(mid[0].nbytes + mid[1].nbytes)
+        self.workspace_bytes = int(mid_o.nbytes + mid_lse.nbytes)
 
     def __str__(self) -> str:
         nums = self.metadata.phase_node_nums

@@ -1,4 +1,4 @@
-"""Index arrays to a GPU: one transfer for all of them."""
+"""A schedule's index arrays and work spaces onto its device: one transfer for all arrays."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["pack", "upload"]
+__all__ = ["pack", "place_schedule", "upload"]
 
 ALIGNMENT = 32
 """Elements: each array starts at a multiple of 128 bytes, a full memory transaction on every GPU."""
@@ -43,3 +43,25 @@ def upload(arrays: Sequence[npt.NDArray[np.int32]], device: int) -> list[Any]:
     return [
         buffer[start : start + array.size].reshape(array.shape) for start, array in zip(starts, arrays, strict=True)
     ]
+
+
+def place_schedule(
+    arrays: Sequence[npt.NDArray[np.int32]], mid_shape: tuple[int, int, int], device: str
+) -> tuple[list[Any], Any, Any]:
+    """Place a schedule on ``"cpu"`` or ``"cuda:<index>"``.
+
+    Returns
+    -------
+    arrays : list of array
+        The index arrays on the device.
+    mid_o, mid_lse : array, float32
+        Work spaces for partial outputs and their LSE, of `mid_shape` and without its last axis; not initialised.
+    """
+    if device == "cpu":
+        return list(arrays), np.empty(mid_shape, np.float32), np.empty(mid_shape[:2], np.float32)
+    import cupy
+
+    index = int(device.removeprefix("cuda:"))
+    with cupy.cuda.Device(index):
+        mid_o, mid_lse = cupy.empty(mid_shape, np.float32), cupy.empty(mid_shape[:2], np.float32)
+    return upload(arrays, index), mid_o, mid_lse
