@@ -11,10 +11,10 @@ from fasttree_cupy.execution import arrays, cuda, streams
 from fasttree_cupy.execution.arrays import ArrayView
 from fasttree_cupy.execution.device import resolve_device
 from fasttree_cupy.execution.operands import Operands
-from fasttree_cupy.execution.schedule import HeuristicSchedule, Schedule, SubtreeSchedule
+from fasttree_cupy.execution.schedule import BalancedSchedule, HeuristicSchedule, Schedule, SubtreeSchedule
 from fasttree_cupy.params import FastTreeParams, checked_heads, preset
-from fasttree_cupy.planning import greedy, subtree
-from fasttree_cupy.planning.machine import machine_of
+from fasttree_cupy.planning import balanced, greedy, subtree
+from fasttree_cupy.planning.machine import H200_WORKERS, machine_of
 from fasttree_cupy.tree import KVTree, KVTreeNode, as_tree
 
 __all__ = ["DecodePlan", "plan_decode"]
@@ -176,12 +176,16 @@ class DecodePlan:
 
 
 def make_schedule(tree: KVTree, num_qo_heads: int, num_kv_heads: int, head_dim: int, device: str) -> Schedule:
-    """Plan a tree for a device: our own planner where ``tree_decode`` can run, else the documented heuristic."""
+    """Plan a tree for a device: our own planners where their kernels can run, else the documented heuristic."""
     group = num_qo_heads // num_kv_heads
-    if device != "cpu" and SubtreeSchedule.problem(device, group, head_dim) is None:
-        index = int(device.removeprefix("cuda:"))
-        made = subtree.plan(tree, group, num_kv_heads, head_dim, machine_of(cuda.multiprocessors(index)))
-        return SubtreeSchedule(made, num_qo_heads, head_dim, device)
+    if device != "cpu":
+        multiprocessors = cuda.multiprocessors(int(device.removeprefix("cuda:")))
+        if BalancedSchedule.problem(device, group, head_dim) is None:
+            equal = balanced.plan(tree, group, num_kv_heads, head_dim, multiprocessors, H200_WORKERS)
+            return BalancedSchedule(equal, head_dim, device)
+        if SubtreeSchedule.problem(device, group, head_dim) is None:
+            made = subtree.plan(tree, group, num_kv_heads, head_dim, machine_of(multiprocessors))
+            return SubtreeSchedule(made, num_qo_heads, head_dim, device)
     chosen = preset("H100")
     params = FastTreeParams.for_gpu("H100", group)
     heuristic = greedy.plan(

@@ -74,7 +74,10 @@ def main(arguments: list[str]) -> int:
     failures = 0
     with ProcessPoolExecutor() as pool:
         for (architecture, config), report in zip(jobs, pool.map(compile_one, jobs), strict=True):
-            shape = config.tile or config.block_warps or ""
+            shape = (
+                config.tile or (f"{config.row_groups} row groups" if config.row_groups else config.block_warps) or ""
+            )
+            shape = f"{shape} soft cap" if config.soft_cap else shape
             label = f"sm_{architecture} {config.name} {config.dtype} head_dim {config.head_dim} {shape}"
             if report.ok:
                 print(f"{label}: {report.registers} registers, {report.spilled} bytes spilled")

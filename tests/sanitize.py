@@ -10,7 +10,7 @@ import sys
 import fasttree_cupy as ft
 from fasttree_cupy.execution.device import gpu_problem
 
-LAYOUTS = ((2, 2, 16, "float16"), (6, 2, 128, "bfloat16"), (16, 1, 256, "float16"))
+LAYOUTS = ((2, 2, 16, "float16"), (6, 2, 128, "bfloat16"), (16, 1, 256, "float16"), (100, 1, 64, "float16"))
 TREES = (ft.KVTree.from_levels([1, 2, 20], [70, 33, 9]), ft.KVTree.from_levels([1, 3], [900, 17]))
 
 

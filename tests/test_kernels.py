@@ -8,8 +8,10 @@ import pytest
 
 from fasttree_cupy.execution import cuda, kernels
 from fasttree_cupy.execution.kernels import HEAD_DIMS, KernelConfig, all_configs, choose_tile, tiles
+from fasttree_cupy.planning import balanced
 from fasttree_cupy.planning.subtree import ITEM_FIELDS, most_warps
 
+HOPPER_SHARED_MEMORY = 227 * 1024
 SMALLEST_SHARED_MEMORY = 99 * 1024
 """Most that a block gets on compute capability 8.6, 8.9 and 12.0."""
 
@@ -20,6 +22,9 @@ def test_parameter_structs_have_the_size_that_the_sources_assert() -> None:
     plan = (kernels.cuda_src() / "include" / "plan.cuh").read_text()
     assert f"static_assert(sizeof(TreeDecodeParams) == {cuda.TREE_DECODE_PARAMS.itemsize}" in plan
     assert f"static_assert(sizeof(Item) == {4 * len(ITEM_FIELDS)}" in plan
+    work = (kernels.cuda_src() / "include" / "work.cuh").read_text()
+    assert f"static_assert(sizeof(WorkParams) == {cuda.WORK_PARAMS.itemsize}" in work
+    assert f"static_assert(sizeof(WorkItem) == {4 * len(balanced.ITEM_FIELDS)}" in work
     assert f"static_assert(sizeof(Stage2Params) == {cuda.STAGE2_PARAMS.itemsize}" in kernels.source_text("stage2")
 
 
@@ -33,7 +38,7 @@ def test_no_source_includes_a_toolkit_header() -> None:
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_every_kernel_fits_every_gpu(head_dim: int) -> None:
     configs = [config for config in all_configs(80) if config.head_dim == head_dim]
-    assert len(configs) == 2 * (2 + len(tiles(head_dim)) + 2)
+    assert len(configs) == 2 * (1 + 2 * (1 + len(tiles(head_dim)) + 2))
     for config in configs:
         assert config.shared_bytes <= SMALLEST_SHARED_MEMORY
         assert config.threads <= 1024
@@ -57,9 +62,36 @@ def test_planner_and_kernels_agree_on_the_largest_block(head_dim: int) -> None:
     assert most_warps(head_dim) == max(kernels.block_warps(head_dim))
 
 
-def test_old_gpus_get_no_tensor_core_kernel() -> None:
+def test_planner_and_worker_kernel_agree_on_tiles() -> None:
+    assert balanced.GROUP_ROWS == kernels.WORKER_GROUP_ROWS
+    assert balanced.STEP_TOKENS == kernels.WORKER_TILE_TOKENS
+    assert max(kernels.WORKER_ROW_GROUPS) == balanced.MOST_ROW_GROUPS
+    header = (kernels.cuda_src() / "include" / "warpgroup_rows.cuh").read_text()
+    assert f"constexpr int kGroupRows = {kernels.WORKER_GROUP_ROWS};" in header
+    assert f"constexpr int kTileTokens = {kernels.WORKER_TILE_TOKENS};" in header
+
+
+def test_the_worker_kernel_fits_a_multiprocessor() -> None:
+    configs = [config for config in all_configs(90) if config.name == "tree_decode_sm90"]
+    assert len(configs) == 2 * 2 * 2 * 2  # dtypes, head dims, row groups, with and without a soft cap
+    assert max(config.shared_bytes for config in configs) <= HOPPER_SHARED_MEMORY
+
+
+def test_gpus_get_the_kernels_that_they_can_run() -> None:
+    ampere = {"stage1_plain", "stage1_mma", "stage2", "tree_decode"}
     assert {config.name for config in all_configs(75)} == {"stage1_plain", "stage2"}
-    assert {config.name for config in all_configs(80)} == {"stage1_plain", "stage1_mma", "stage2", "tree_decode"}
+    assert {config.name for config in all_configs(80)} == ampere
+    assert {config.name for config in all_configs(90)} == ampere | {"tree_decode_sm90"}
+    assert {config.name for config in all_configs(100)} == ampere
+
+
+@pytest.mark.parametrize(
+    ("capability", "group", "head_dim", "problem"),
+    [(89, 4, 128, "8.9"), (100, 4, 128, "10.0"), (90, 4, 256, "head_dim is 256"), (90, 129, 64, "129 query heads")],
+)
+def test_the_worker_kernel_says_what_it_cannot_serve(capability: int, group: int, head_dim: int, problem: str) -> None:
+    assert problem in str(kernels.worker_problem(capability, group, head_dim))
+    assert kernels.worker_problem(90, 128, 128) is None
 
 
 def test_the_digest_covers_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

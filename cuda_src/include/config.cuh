@@ -2,12 +2,13 @@
 #pragma once
 #include "types.cuh"
 
-#if !defined(FT_ELEMENT) || !defined(FT_HEAD_DIM)
-#error "FT_ELEMENT (Float16 or BFloat16) and FT_HEAD_DIM are given by kernels.py"
+#if !defined(FT_ELEMENT) || !defined(FT_HEAD_DIM) || !defined(FT_SOFT_CAP)
+#error "FT_ELEMENT (Float16 or BFloat16), FT_HEAD_DIM and FT_SOFT_CAP (0 or 1) are given by kernels.py"
 #endif
 
 using Element = FT_ELEMENT;
 constexpr int kHeadDim = FT_HEAD_DIM;
+constexpr bool kSoftCap = FT_SOFT_CAP;  // a branch in every score would cost more than the products do
 constexpr int kWarpSize = 32;
 
 static_assert(kHeadDim == 16 || kHeadDim == 32 || kHeadDim == 64 || kHeadDim == 128 || kHeadDim == 256,

@@ -11,6 +11,10 @@ __device__ __forceinline__ void copy_async_16(u32 shared_address, const void* gl
                  "r"(valid ? 16 : 0)
                  : "memory");
 }
+// Lets the barrier in shared memory count one arrival when all copies that this thread has started are there.
+__device__ __forceinline__ void arrive_after_copies(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 __device__ __forceinline__ void wait_copies() {

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import streams
-from .kernels import MMA_COMPUTE_CAPABILITY, KernelConfig, choose_tile, load_kernel, tree_decode_config
+from .kernels import (
+    MMA_COMPUTE_CAPABILITY,
+    KernelConfig,
+    choose_tile,
+    load_kernel,
+    tree_decode_config,
+    worker_config,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,11 +28,13 @@ __all__ = ["KERNELS", "check_kernel", "decode"]
 KERNELS = ("auto", "mma", "plain")
 VECTOR_BYTES = 16
 """stage1_mma copies rows of K and V in pieces of this size, so every row must start at a multiple of it."""
+MAX_ROW_STRIDE = 2**30
+"""The tensor-core kernels count the bytes from one row of K or V to the next in 32 bits."""
 PLAIN_ROWS = 4
 STAGE2_ROWS = 4
 MAX_GRID_Z = 65535
 
-# Field by field the structs of stage1_params.cuh, stage2.cu and plan.cuh under cuda_src.
+# Field by field the structs of stage1_params.cuh, stage2.cu, plan.cuh and work.cuh under cuda_src.
 STAGE1_PARAMS = np.dtype(
     [(name, np.uint64) for name in ("q", "k", "v")]
     + [(name, np.uint64) for name in ("kv_entries", "kv_offs", "kv_lens", "q_entries", "q_offs", "q_lens")]
@@ -43,6 +52,14 @@ TREE_DECODE_PARAMS = np.dtype(
     + [(name, np.int64) for name in ("q_request", "q_head", "k_token", "k_head", "v_token", "v_head")]
     + [(name, np.int64) for name in ("o_request", "o_head")]
     + [("kv_heads", np.int32), ("group", np.int32), ("sm_scale", np.float32), ("logit_cap", np.float32)]
+    + [("o_aligned", np.int32), ("padding", np.int32)]
+)
+WORK_POINTERS = ("q", "k", "v", "o", "mid_o", "mid_lse", "counters", "items", "segments", "request_order")
+WORK_PARAMS = np.dtype(
+    [(name, np.uint64) for name in WORK_POINTERS]
+    + [(name, np.int64) for name in ("q_request", "q_head", "k_token", "k_head", "v_token", "v_head")]
+    + [(name, np.int64) for name in ("o_request", "o_head")]
+    + [("num_segments", np.int32), ("group", np.int32), ("sm_scale", np.float32), ("logit_cap", np.float32)]
     + [("o_aligned", np.int32), ("padding", np.int32)]
 )
 
@@ -97,8 +114,8 @@ def mma_problem(inputs: Mapping[str, ArrayView]) -> str | None:
                 f"needs every row to start at a multiple of {VECTOR_BYTES} bytes, and {name} has strides of "
                 f"{view.strides} elements from address {view.pointer:#x}"
             )
-        if abs(view.strides[0]) >= 2**31:
-            return f"needs row strides below 2**31 elements, and {name} has strides {view.strides}"
+        if abs(view.strides[0]) >= MAX_ROW_STRIDE:
+            return f"needs row strides below {MAX_ROW_STRIDE} elements, and {name} has strides {view.strides}"
     return None
 
 
@@ -149,10 +166,10 @@ def launch_stage1(
     rows = q_tile_size * group
     if kernel == "mma":
         tile = choose_tile(rows, count * num_kv_heads, multiprocessors(q.device[1]), head_dim)
-        config = KernelConfig("stage1_mma", q.dtype, head_dim, tile)
+        config = KernelConfig("stage1_mma", q.dtype, head_dim, tile, soft_cap=logit_cap > 0)
         row_blocks = -(-rows // tile.rows)
     else:
-        config = KernelConfig("stage1_plain", q.dtype, head_dim)
+        config = KernelConfig("stage1_plain", q.dtype, head_dim, soft_cap=logit_cap > 0)
         row_blocks = -(-rows // PLAIN_ROWS)
     pointers = (q.pointer, k.pointer, v.pointer, *(view.pointer for view in (*metadata[:6], *metadata[9:11])))
     strides = (*q.strides[:2], *k.strides[:2], *v.strides[:2])
@@ -236,8 +253,43 @@ def launch_tree_decode(
     strides = (*q.strides[:2], *k.strides[:2], *v.strides[:2], *o.strides[:2])
     numbers = (num_kv_heads, num_qo_heads // num_kv_heads, sm_scale, logit_cap, is_aligned(o), 0)
     params = np.array((*pointers, *strides, *numbers), TREE_DECODE_PARAMS)
-    config = tree_decode_config(q.dtype, head_dim, block_warps)
+    config = tree_decode_config(q.dtype, head_dim, block_warps, logit_cap > 0)
     launch(config, q.device[1], (num_items * num_kv_heads, 1, 1), params)
+
+
+def run_workers(
+    operands: Operands,
+    mid: Sequence[int],
+    lists: Sequence[int],
+    num_segments: int,
+    row_groups: int,
+    workers: int,
+    stream: int,
+) -> None:
+    """Launch ``tree_decode_sm90`` on the current device.
+
+    Parameters
+    ----------
+    operands : Operands
+        Arrays of one CUDA device.
+    mid : sequence of 2 int
+        Pointers to the partial outputs and their LSE.
+    lists : sequence of 4 int
+        Pointers to the counters, the items, the segments and the order of the requests.
+    num_segments, row_groups, workers : int
+        See `fasttree_cupy.planning.balanced.BalancedPlan`.
+    stream : int
+        Handle of the CUDA stream to launch on.
+    """
+    q, k, v, o, sm_scale, logit_cap = operands
+    num_qo_heads, head_dim = q.shape[1:]
+    pointers = (q.pointer, k.pointer, v.pointer, o.pointer, *mid, *lists)
+    strides = (*q.strides[:2], *k.strides[:2], *v.strides[:2], *o.strides[:2])
+    numbers = (num_segments, num_qo_heads // k.shape[1], sm_scale, logit_cap, is_aligned(o), 0)
+    params = np.array((*pointers, *strides, *numbers), WORK_PARAMS)
+    config = worker_config(q.dtype, head_dim, row_groups, logit_cap > 0)
+    with streams.use_stream(stream, q.device[1]):
+        launch(config, q.device[1], (workers, 1, 1), params)
 
 
 def launch(config: KernelConfig, device: int, grid: tuple[int, int, int], params: Any) -> None:

@@ -18,6 +18,8 @@ __all__ = [
     "load_kernel",
     "source_text",
     "tree_decode_config",
+    "worker_config",
+    "worker_problem",
 ]
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -32,6 +34,14 @@ MMA_COMPUTE_CAPABILITY = 80
 
 TREE_DECODE_STAGES = 2
 """Tiles in the ring of each warp of ``tree_decode``."""
+
+WORKER_COMPUTE_CAPABILITY = 90
+"""Compute capability times ten of the GPUs that have ``tree_decode_sm90``'s warpgroup products: these and no others."""
+WORKER_STAGES = {64: 8, 128: 5}
+"""Head dim -> tiles in the ring of ``tree_decode_sm90``: what the shared memory of a multiprocessor holds."""
+WORKER_ROW_GROUPS = (1, 2)
+WORKER_GROUP_ROWS = 64
+WORKER_TILE_TOKENS = 64
 
 
 def block_warps(head_dim: int) -> tuple[int, int]:
@@ -78,8 +88,8 @@ class KernelConfig:
     Attributes
     ----------
     name : str
-        ``"stage1_mma"``, ``"stage1_plain"``, ``"stage2"`` or ``"tree_decode"``: the file under ``cuda_src/`` and the
-        function in it.
+        ``"stage1_mma"``, ``"stage1_plain"``, ``"stage2"``, ``"tree_decode"`` or ``"tree_decode_sm90"``: the file under
+        ``cuda_src/`` and the function in it.
     dtype : str
         Element type of Q, K, V and O: ``"float16"`` or ``"bfloat16"``.
     head_dim : int
@@ -87,7 +97,13 @@ class KernelConfig:
     tile : MmaTile or None
         Tile shape; only ``stage1_mma`` has one.
     block_warps, stages : int
-        Warps of a block of ``tree_decode``, and tiles in the ring of each; the other kernels leave them 0.
+        Warps of a block of ``tree_decode``, and tiles in the ring of each; ``tree_decode_sm90`` has one ring a block.
+        The other kernels leave them 0.
+    soft_cap : bool
+        Whether scores are capped. A kernel that asks this of every score at run time spends more on the question than
+        on the products.
+    row_groups : int
+        Warpgroups of ``tree_decode_sm90`` that split a tile's rows; the other kernels leave it 0.
     """
 
     name: str
@@ -96,11 +112,13 @@ class KernelConfig:
     tile: MmaTile | None = None
     block_warps: int = 0
     stages: int = 0
+    soft_cap: bool = False
+    row_groups: int = 0
 
     @property
     def threads(self) -> int:
         """Threads a block; the same sum stands in ``stage1_mma.cu``."""
-        if self.name == "tree_decode":
+        if self.block_warps:
             return 32 * self.block_warps
         if self.tile is None:
             return 128
@@ -111,13 +129,19 @@ class KernelConfig:
         """Dynamic shared memory a block, in bytes; ``stage1_mma.cu`` asserts the same number."""
         if self.name == "tree_decode":
             return self.block_warps * self.stages * 2 * 16 * self.head_dim * 2
+        if self.name == "tree_decode_sm90":
+            return worker_shared_bytes(self.head_dim, self.stages, self.row_groups)
         if self.tile is None:
             return 0
         return self.tile.stages * 2 * self.tile.kv_tile * self.head_dim * 2
 
     def defines(self) -> dict[str, object]:
         """The -D options that carry this configuration into ``config.cuh``."""
-        options: dict[str, object] = {"FT_ELEMENT": ELEMENT_NAMES[self.dtype], "FT_HEAD_DIM": self.head_dim}
+        options: dict[str, object] = {
+            "FT_ELEMENT": ELEMENT_NAMES[self.dtype],
+            "FT_HEAD_DIM": self.head_dim,
+            "FT_SOFT_CAP": int(self.soft_cap),
+        }
         if self.tile is not None:
             options |= {
                 "FT_ROW_WARPS": self.tile.row_warps,
@@ -127,6 +151,8 @@ class KernelConfig:
             }
         if self.name == "tree_decode":
             options |= {"FT_BLOCK_WARPS": self.block_warps, "FT_STAGES": self.stages}
+        if self.name == "tree_decode_sm90":
+            options |= {"FT_ROW_GROUPS": self.row_groups, "FT_STAGES": self.stages}
         if self.shared_bytes:
             options["FT_SHARED_BYTES"] = self.shared_bytes
         return options
@@ -172,19 +198,51 @@ def choose_tile(query_rows: int, blocks: int, multiprocessors: int, head_dim: in
     return next((tile for tile in ROW_TILES if tile.rows >= query_rows), ROW_TILES[-1])
 
 
-def tree_decode_config(dtype: str, head_dim: int, warps: int) -> KernelConfig:
+def tree_decode_config(dtype: str, head_dim: int, warps: int, soft_cap: bool) -> KernelConfig:
     """Configuration of ``tree_decode`` with this many warps a block."""
-    return KernelConfig("tree_decode", dtype, head_dim, block_warps=warps, stages=TREE_DECODE_STAGES)
+    return KernelConfig("tree_decode", dtype, head_dim, None, warps, TREE_DECODE_STAGES, soft_cap)
+
+
+def worker_shared_bytes(head_dim: int, stages: int, row_groups: int) -> int:
+    """Size of struct Shared in ``tree_decode_sm90.cu``, which asserts the same number."""
+    rings = stages * 2 * WORKER_TILE_TOKENS * head_dim * 2
+    queries = 2 * row_groups * WORKER_GROUP_ROWS * head_dim * 2
+    # The second token group's accumulators and softmax states; with two row groups there is none.
+    exchange = WORKER_GROUP_ROWS * (head_dim * 4 + 8) if row_groups == 1 else 4 + 8
+    views = 2 * stages * (16 + 2 * WORKER_TILE_TOKENS)
+    barriers = (4 * stages + 2) * 8 + 2 * 4
+    return -(-(-(-(rings + queries + exchange) // 16) * 16 + views + barriers) // 1024) * 1024
+
+
+def worker_config(dtype: str, head_dim: int, row_groups: int, soft_cap: bool) -> KernelConfig:
+    """Configuration of ``tree_decode_sm90`` with this many row groups."""
+    stages = WORKER_STAGES[head_dim]
+    return KernelConfig("tree_decode_sm90", dtype, head_dim, None, 12, stages, soft_cap, row_groups)
+
+
+def worker_problem(compute_capability: int, group: int, head_dim: int) -> str | None:
+    """Say why ``tree_decode_sm90`` cannot serve a GPU and head layout; None where it can."""
+    if compute_capability != WORKER_COMPUTE_CAPABILITY:
+        return f"compute capability {compute_capability / 10} has other warpgroup products than 9.0, or none"
+    if head_dim not in WORKER_STAGES:
+        return f"head_dim is {head_dim}, not one of {tuple(WORKER_STAGES)}"
+    if group > max(WORKER_ROW_GROUPS) * WORKER_GROUP_ROWS:
+        return f"{group} query heads a KV head are more than a tile's rows"
+    return None
 
 
 def all_configs(compute_capability: int) -> list[KernelConfig]:
     """Every configuration that a GPU of this compute capability (times ten) may be asked to run."""
     configs = []
     for dtype, head_dim in itertools.product(ELEMENT_NAMES, HEAD_DIMS):
-        configs += [KernelConfig(name, dtype, head_dim) for name in ("stage1_plain", "stage2")]
-        if compute_capability >= MMA_COMPUTE_CAPABILITY:
-            configs += [KernelConfig("stage1_mma", dtype, head_dim, tile) for tile in tiles(head_dim)]
-            configs += [tree_decode_config(dtype, head_dim, warps) for warps in block_warps(head_dim)]
+        configs.append(KernelConfig("stage2", dtype, head_dim))
+        for cap in (False, True):
+            configs.append(KernelConfig("stage1_plain", dtype, head_dim, soft_cap=cap))
+            if compute_capability >= MMA_COMPUTE_CAPABILITY:
+                configs += [KernelConfig("stage1_mma", dtype, head_dim, t, soft_cap=cap) for t in tiles(head_dim)]
+                configs += [tree_decode_config(dtype, head_dim, warps, cap) for warps in block_warps(head_dim)]
+            if worker_problem(compute_capability, 1, head_dim) is None:
+                configs += [worker_config(dtype, head_dim, row_groups, cap) for row_groups in WORKER_ROW_GROUPS]
     return configs
 
 
@@ -215,9 +273,14 @@ def source_text(name: str) -> str:
 
 
 def compile_options(config: KernelConfig) -> tuple[str, ...]:
-    """NVRTC options for a configuration, the architecture left to the caller."""
+    """NVRTC options for a configuration.
+
+    The architecture is left to the caller, but for ``tree_decode_sm90``: what the caller, CuPy for one, gives before or
+    after yields to sm_90a, which alone has warpgroup products.
+    """
     defines = (f"-D{key}={value}" for key, value in config.defines().items())
-    return ("-std=c++17", f"-I{cuda_src() / 'include'}", *defines)
+    architecture = ("-arch=sm_90a",) if config.name == "tree_decode_sm90" else ()
+    return ("-std=c++17", f"-I{cuda_src() / 'include'}", *defines, *architecture)
 
 
 @functools.cache

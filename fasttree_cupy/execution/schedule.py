@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from fasttree_cupy.execution import cpu, cuda
 from fasttree_cupy.execution.arrays import ArrayView, view
-from fasttree_cupy.execution.kernels import MMA_COMPUTE_CAPABILITY, block_warps
+from fasttree_cupy.execution.kernels import MMA_COMPUTE_CAPABILITY, WORKER_GROUP_ROWS, block_warps, worker_problem
 from fasttree_cupy.execution.operands import Operands
 from fasttree_cupy.execution.upload import place_schedule
 from fasttree_cupy.metadata import MetadataTuple, PhaseNodeNums
 
 if TYPE_CHECKING:
+    from fasttree_cupy.planning.balanced import BalancedPlan
     from fasttree_cupy.planning.greedy import GreedyPlan
     from fasttree_cupy.planning.subtree import SubtreePlan
 
-__all__ = ["HeuristicSchedule", "Schedule", "SubtreeSchedule"]
+__all__ = ["BalancedSchedule", "HeuristicSchedule", "Schedule", "SubtreeSchedule"]
 
 
 class Schedule(Protocol):
@@ -28,6 +31,53 @@ class Schedule(Protocol):
 
     def run(self, operands: Operands, stream: int | None) -> None:
         """Decode into ``o``; on a GPU the work is queued on a stream."""
+
+
+class BalancedSchedule:
+    """Equal shares for persistent workers, run by ``tree_decode_sm90``: one launch, which merges what was cut."""
+
+    def __init__(self, made: BalancedPlan, head_dim: int, device: str) -> None:
+        self.num_items = len(made.items)
+        self.num_segments = len(made.segments)
+        self.row_groups = made.row_groups
+        self.workers = made.workers
+        self.num_merges = made.counters
+        self.estimate_us = made.estimate_us
+        counters = np.zeros(max(1, made.counters * made.row_groups), np.int32)  # each launch leaves them 0
+        mid_shape = (made.partials, made.row_groups * WORKER_GROUP_ROWS, head_dim)
+        # Held here: the kernel gets bare pointers.
+        self.arrays, self.mid_o, self.mid_lse = place_schedule((counters, *made[:3]), mid_shape, device)
+        self.workspace_bytes = int(self.mid_o.nbytes + self.mid_lse.nbytes)
+        self.mid = (self.mid_o.data.ptr, self.mid_lse.data.ptr)
+        self.lists = tuple(array.data.ptr for array in self.arrays)
+
+    @staticmethod
+    def problem(device: str, group: int, head_dim: int) -> str | None:
+        """Say why ``tree_decode_sm90`` cannot serve a device and head layout; None where it can."""
+        return worker_problem(cuda.compute_capability(int(device.removeprefix("cuda:"))), group, head_dim)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_items} items of up to {WORKER_GROUP_ROWS * self.row_groups} rows for {self.workers} workers, "
+            f"{self.num_merges} tiles merged, {self.workspace_bytes} bytes of workspace"
+        )
+
+    def check(self, q: ArrayView, k: ArrayView, v: ArrayView) -> None:
+        """Raise ValueError where rows are not aligned."""
+        check_rows(q, k, v)
+
+    def run(self, operands: Operands, stream: int | None) -> None:
+        """Queue one launch."""
+        if stream is None:
+            raise ValueError("stream is None, expected the handle of a CUDA stream")
+        cuda.run_workers(operands, self.mid, self.lists, self.num_segments, self.row_groups, self.workers, stream)
+
+
+def check_rows(q: ArrayView, k: ArrayView, v: ArrayView) -> None:
+    """Raise ValueError where rows are not aligned as the tensor-core kernels need it."""
+    problem = cuda.mma_problem({"q": q, "k": k, "v": v})
+    if problem is not None:
+        raise ValueError(f"the plan's kernel {problem}")
 
 
 class SubtreeSchedule:
@@ -66,9 +116,7 @@ class SubtreeSchedule:
 
     def check(self, q: ArrayView, k: ArrayView, v: ArrayView) -> None:
         """Raise ValueError where rows are not aligned."""
-        problem = cuda.mma_problem({"q": q, "k": k, "v": v})
-        if problem is not None:
-            raise ValueError(f"the plan's kernel {problem}")
+        check_rows(q, k, v)
 
     def run(self, operands: Operands, stream: int | None) -> None:
         """Queue one launch, or two where requests are merged."""

@@ -17,7 +17,7 @@ from numba import njit
 from fasttree_cupy.planning.machine import Machine
 from fasttree_cupy.tree import KVTree
 
-__all__ = ["ITEM_FIELDS", "SubtreePlan", "plan"]
+__all__ = ["ITEM_FIELDS", "SubtreePlan", "depth_first", "plan"]
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -102,8 +102,7 @@ def plan(tree: KVTree, group: int, num_kv_heads: int, head_dim: int, machine: Ma
         raise ValueError(
             f"tree_info holds {tree.unique_tokens} tokens, but int32 row numbers reach {_INT32_MAX} at most"
         )
-    request_order = np.empty(tree.batch_size, np.int32)
-    begins, ends = _positions(tree.parent, tree.breadth_first, tree.request_node, request_order)
+    request_order, begins, ends = depth_first(tree)
     layout = _Layout(tree.breadth_first, tree.seqlen, tree.kv_ptrs, begins, ends)
     chosen, longest, estimate = _choose(
         layout, tree.batch_size, tree.unique_tokens, group, num_kv_heads, head_dim,
@@ -112,6 +111,13 @@ def plan(tree: KVTree, group: int, num_kv_heads: int, head_dim: int, machine: Ma
     shape = shapes[chosen]
     items, segments, merge = _build(layout, request_order, group, longest, *shape)
     return SubtreePlan(items, segments, request_order, *merge, shape.block_warps, shape.row_warps, longest, estimate)
+
+
+def depth_first(tree: KVTree) -> tuple[Int32Array, Int64Array, Int64Array]:
+    """Requests in depth-first order, (B,), and each node's as positions ``[begins, ends)`` in it, (N,) each."""
+    request_order = np.empty(tree.batch_size, np.int32)
+    begins, ends = _positions(tree.parent, tree.breadth_first, tree.request_node, request_order)
+    return request_order, begins, ends
 
 
 class TileShape(NamedTuple):

@@ -1,0 +1,46 @@
+// Barriers between the warps of a block: transaction barriers in shared memory, and the hardware's named ones.
+#pragma once
+#include "config.cuh"
+
+using Barrier = unsigned long long;
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) { return u32(__cvta_generic_to_shared(pointer)); }
+
+// The barrier's phase ends after `arrivals` arrivals; phases are told apart by their parity, the first is 0.
+__device__ __forceinline__ void barrier_init(Barrier& barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(Barrier& barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
+}
+// Whether the phase of this parity has ended; may wait for it a while.
+__device__ __forceinline__ bool barrier_try_wait(Barrier& barrier, int parity) {
+    u32 done;
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(shared_address(&barrier)), "r"(parity)
+                 : "memory");
+    return done;
+}
+__device__ __forceinline__ void barrier_wait(Barrier& barrier, int parity) {
+    while (!barrier_try_wait(barrier, parity)) {
+    }
+}
+
+// Named barriers 1 to 15, for `threads` threads in all.
+__device__ __forceinline__ void named_sync(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void named_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Orders what this thread knows to be in shared memory before the matrix products that it starts next.
+__device__ __forceinline__ void fence_shared_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Adds to a counter in global memory, after this thread's writes and those it has seen, and before its later reads.
+__device__ __forceinline__ int add_acquire_release(int* counter, int value) {
+    int before;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
+    return before;
+}

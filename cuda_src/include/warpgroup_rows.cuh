@@ -1,0 +1,155 @@
+// What a warpgroup does with a tile: 64 query rows against 64 tokens, with an online softmax.
+#pragma once
+#include "config.cuh"
+#include "softmax.cuh"
+#include "wgmma.cuh"
+
+constexpr int kTileTokens = 64;
+constexpr int kGroupRows = 64;                  // query rows of a warpgroup
+constexpr int kPanels = kHeadDim / kPanelElements;
+constexpr int kOutputs = kHeadDim / 2;          // accumulators of a thread: 64 rows x head_dim over 128 threads
+constexpr int kPanelBytes = kTileTokens * kPanelRowBytes;
+static_assert(kHeadDim == 64 || kHeadDim == 128, "whole panels, and accumulators that fit the registers");
+
+// Which rows see a tile's tokens, as ranges of rows of the block.
+struct alignas(16) TileView {
+    int any_begin, any_end;  // outside, no row sees any token
+    int all_begin, all_end;  // inside, every row sees every token
+};
+
+// 64 rows, and of each its softmax state and output over the tokens seen so far. A thread holds a part of two rows,
+// those of lane / 4 and lane / 4 + 8 in the 16 rows of its warp.
+struct WarpgroupRows {
+    using Scores = float[kTileTokens / 2];
+    float o[kOutputs];
+    u32 weights[kTileTokens / 4];  // of the last tile, whose values are still to be added
+    SoftmaxState state[2];
+    int first_row;  // this thread's first row in the block; the other is first_row + 8
+
+    __device__ __forceinline__ explicit WarpgroupRows(int group_row)
+        : first_row(group_row + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4) {}
+
+    __device__ __forceinline__ void reset() {
+#pragma unroll
+        for (int i = 0; i < kOutputs; ++i) o[i] = 0.0f;
+        state[0] = state[1] = SoftmaxState{};
+    }
+
+    // Starts the products of queries and keys. q_tile: this warpgroup's rows in a tile with panels q_panel_bytes apart.
+    static __device__ __forceinline__ void start_scores(Scores& s, u32 q_tile, int q_panel_bytes, u32 k_tile) {
+        const MatrixDescriptor queries(q_tile, 16), keys(k_tile, 16);
+        products_fence();
+#pragma unroll
+        for (int d = 0; d < kHeadDim / 16; ++d) {
+            const int step = d % 4 * 32;
+            Wgmma<Element>::multiply(s, queries.at(d / 4 * q_panel_bytes + step), keys.at(d / 4 * kPanelBytes + step),
+                                     d > 0);
+        }
+        products_commit();
+    }
+
+    // Starts the products of weights and values.
+    __device__ __forceinline__ void start_values(u32 v_tile) {
+        const MatrixDescriptor values(v_tile, kPanelBytes);
+        products_fence();
+#pragma unroll
+        for (int t = 0; t < kTileTokens / 16; ++t) {
+            Wgmma<Element>::multiply_values(o, weights + 4 * t, values.at(t * 16 * kPanelRowBytes));
+        }
+        products_commit();
+    }
+
+    // Scores into the weights of the tile whose values are added next. visible: address of two bytes a token, the first
+    // row that sees it and, in the upper byte, how many do. after_values(): called when the values of the tile before
+    // have been added. The output is always rescaled, though rarely by anything but 1: around a branch the compiler
+    // would serialise the products.
+    template <typename AfterValues>
+    __device__ __forceinline__ void weigh(Scores& s, const TileView& view, u32 visible, const ScoreScale& to_score,
+                                          const AfterValues& after_values) {
+        float factor[2];
+        const bool any = softmax(s, factor, view, visible, to_score);
+        products_wait<0>(o);
+        after_values();
+#pragma unroll
+        for (int i = 0; i < kTileTokens / 4; ++i) weights[i] = any ? Element::pack(s[2 * i], s[2 * i + 1]) : 0;
+        scale_outputs(factor);
+    }
+
+    // False where no row of the warp sees any token.
+    __device__ __forceinline__ bool softmax(Scores& s, float (&factor)[2], const TileView& view, u32 visible,
+                                            const ScoreScale& to_score) {
+        factor[0] = factor[1] = 1.0f;
+        const int warp_row = first_row / 16 * 16;
+        if (view.any_begin >= warp_row + 16 || view.any_end <= warp_row) return false;
+        const bool partly = view.all_begin > warp_row || view.all_end < warp_row + 16;
+        exponentials(s, factor, partly ? visible : 0, to_score);
+        return true;
+    }
+    // Turns scores into weights, in place; `visible` is 0 where nothing is hidden. `factor` is what outputs must take.
+    __device__ __forceinline__ void exponentials(Scores& s, float (&factor)[2], u32 visible,
+                                                 const ScoreScale& to_score) {
+        if (to_score.needs_pass()) {
+#pragma unroll
+            for (int i = 0; i < kTileTokens / 2; ++i) s[i] = to_score.pass(s[i]);
+        }
+        if (visible != 0) hide(s, visible);
+        const float scale = to_score.factor();
+        float highest[2][2];  // of the row's even and odd columns: short chains of dependent instructions
+#pragma unroll
+        for (int i = 0; i < 4; ++i) highest[i / 2][i % 2] = s[i];
+#pragma unroll
+        for (int i = 4; i < kTileTokens / 2; ++i) {
+            highest[i / 2 % 2][i % 2] = fmaxf(highest[i / 2 % 2][i % 2], s[i]);
+        }
+        float top[2] = {fmaxf(highest[0][0], highest[0][1]), fmaxf(highest[1][0], highest[1][1])};
+#pragma unroll
+        for (int distance = 1; distance < 4; distance *= 2) {  // a row's columns lie in four neighbouring lanes
+            const float other[2] = {__shfl_xor_sync(0xffffffffu, top[0], distance),
+                                    __shfl_xor_sync(0xffffffffu, top[1], distance)};
+            top[0] = fmaxf(top[0], other[0]);
+            top[1] = fmaxf(top[1], other[1]);
+        }
+        float base[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            factor[half] = state[half].raise(top[half] * scale);
+            base[half] = SoftmaxState::finite_base(state[half].m);
+        }
+        float sum[2][2] = {};
+#pragma unroll
+        for (int i = 0; i < kTileTokens / 2; ++i) {
+            s[i] = exp2_approx(s[i] * scale - base[i / 2 % 2]);
+            sum[i / 2 % 2][i % 2] += s[i];
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) state[half].l += sum[half][0] + sum[half][1];  // see finish()
+    }
+
+    __device__ __forceinline__ void hide(Scores& s, u32 visible) const {
+        const u32 own_columns = visible + threadIdx.x % 4 * 4;
+#pragma unroll
+        for (int j = 0; j < kTileTokens / 8; ++j) {
+            const u32 pair = load_shared(own_columns + j * 16);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const u32 begin = pair >> (i % 2 * 16) & 0xff;
+                const u32 count = pair >> (i % 2 * 16 + 8) & 0xff;
+                if (u32(first_row + i / 2 * 8) - begin >= count) s[4 * j + i] = -kInfinity;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void scale_outputs(const float (&factor)[2]) {
+#pragma unroll
+        for (int i = 0; i < kOutputs; ++i) o[i] *= factor[i / 2 % 2];
+    }
+
+    // Completes the row sums, which every lane has gathered for its own columns.
+    __device__ __forceinline__ void finish() {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            state[half].l += __shfl_xor_sync(0xffffffffu, state[half].l, 1);
+            state[half].l += __shfl_xor_sync(0xffffffffu, state[half].l, 2);
+        }
+    }
+};

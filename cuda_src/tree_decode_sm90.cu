@@ -1,0 +1,509 @@
+// Grid (workers), block 384 threads, one a multiprocessor: a worker's items of a balanced plan, one after the other.
+//
+// Four producer warps gather the tokens of item after item into a ring of tiles; two warpgroups attend them, 64 query
+// rows each. The ring runs ahead over the ends of items, so that these cost no bandwidth. With one row group the
+// warpgroups take turns at the tiles and are merged at the item's end; with two, each has its own rows of every tile.
+// The worker that finishes the last piece of some rows merges their pieces.
+#include "barrier.cuh"
+#include "kv_tile.cuh"
+#include "warpgroup_rows.cuh"
+#include "work.cuh"
+
+#if !defined(FT_ROW_GROUPS) || !defined(FT_STAGES)
+#error "FT_ROW_GROUPS and FT_STAGES are given by kernels.py"
+#endif
+
+constexpr int kRowGroups = FT_ROW_GROUPS;      // warpgroups that split an item's rows
+constexpr int kTokenGroups = 2 / kRowGroups;   // warpgroups that take turns at its tiles
+constexpr int kRows = kRowGroups * kGroupRows;
+constexpr int kStages = FT_STAGES;
+constexpr int kConsumerWarps = 8;
+constexpr int kProducerWarps = 4;
+constexpr int kThreads = (kConsumerWarps + kProducerWarps) * kWarpSize;
+constexpr int kGroupThreads = 128;
+constexpr int kWarpTokens = kTileTokens / kProducerWarps;
+constexpr int kWarpRows = kRows / kProducerWarps;
+constexpr int kChunks = kHeadDim / 8;          // of 8 elements, 16 bytes
+constexpr int kTileBytes = kTileTokens * kHeadDim * 2;
+constexpr int kQueryBytes = kRows * kHeadDim * 2;
+
+static_assert(kRowGroups == 1 || kRowGroups == 2, "two warpgroups split rows or tokens");
+static_assert(kStages > 2 * kTokenGroups, "each warpgroup holds the values of a tile while it waits for the next one");
+static_assert(kWarpTokens <= kWarpSize && kWarpRows <= kWarpSize, "a lane holds one row's place");
+
+struct Shared {
+    alignas(1024) unsigned char k[kStages][kTileBytes];
+    alignas(1024) unsigned char v[kStages][kTileBytes];
+    alignas(1024) unsigned char q[2][kQueryBytes];
+    float exchange[kTokenGroups == 2 ? kOutputs * kGroupThreads : 1];  // accumulators of the second token group
+    SoftmaxState exchange_state[kTokenGroups == 2 ? kGroupRows : 1];
+    // Twice as many: a tile's keys are done with before its view is.
+    TileView view[2 * kStages];
+    u16 visible[2 * kStages][kTileTokens];
+    Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages], q_empty[2];
+    int last[2];  // whether a warpgroup's piece was the last of its rows
+};
+static_assert(sizeof(Shared) == FT_SHARED_BYTES, "host and device agree on shared memory");
+
+struct alignas(8) Packed4 {
+    u32 value[2];
+};
+
+// A place in the rings of keys and values, and the parity of its barriers' phase.
+struct Ring {
+    int stage = 0;
+    int parity = 0;
+    __device__ __forceinline__ int view() const { return stage + parity * kStages; }
+    __device__ __forceinline__ void advance(int by) {
+        stage += by;
+        if (stage >= kStages) {
+            stage -= kStages;
+            parity ^= 1;
+        }
+    }
+};
+
+// An item's runs of tokens in order. A warp fetches 32 segments at a time, one a lane.
+struct SegmentStream {
+    const WorkParams& p;
+    Segment current;
+    Segment held;
+    int next;  // index of lane 0's held segment
+    int lane, used = 0;
+
+    __device__ __forceinline__ SegmentStream(const WorkParams& p, const WorkItem& item, int lane)
+        : p(p), current(item.first), next(item.next_segment), lane(lane) {
+        fetch();
+    }
+    __device__ __forceinline__ void fetch() { held = p.segments[min(next + lane, p.num_segments - 1)]; }
+    // Takes `tokens` tokens off the current segment.
+    __device__ __forceinline__ void take(int tokens) {
+        current.kv_begin += tokens;
+        current.kv_len -= tokens;
+        if (current.kv_len > 0) return;
+        if (used == kWarpSize) {
+            used = 0;
+            next += kWarpSize;
+            fetch();
+        }
+        current.kv_begin = __shfl_sync(0xffffffffu, held.kv_begin, used);
+        current.kv_len = __shfl_sync(0xffffffffu, held.kv_len, used);
+        current.row_begin = __shfl_sync(0xffffffffu, held.row_begin, used);
+        current.row_end = __shfl_sync(0xffffffffu, held.row_end, used);
+        ++used;
+    }
+};
+
+// Where a row of an item's queries and outputs lies.
+struct QueryRow {
+    bool valid;
+    int head;
+    i64 request;
+
+    __device__ __forceinline__ QueryRow(const WorkParams& p, const WorkItem& item, int row)
+        : valid(row < item.num_requests * p.group), head(item.kv_head * p.group + row % p.group),
+          request(p.request_order[item.first_position + (valid ? row / p.group : 0)]) {}
+};
+
+struct Producer {
+    using Place = PanelPlace<kTileTokens, kChunks>;
+    const WorkParams& p;
+    Shared& s;
+    int warp, lane;
+    Ring fill;  // the next tile
+    Place place;
+    i64 k, v;  // addresses of this lane's chunk of row 0, for the item's KV head
+    int k_stride, v_stride;  // bytes
+
+    __device__ __forceinline__ Producer(const WorkParams& p, Shared& s)
+        : p(p), s(s), warp(threadIdx.x / kWarpSize - kConsumerWarps), lane(threadIdx.x % kWarpSize),
+          place(warp * kWarpTokens, lane), k_stride(int(p.k_stride_token) * 2), v_stride(int(p.v_stride_token) * 2) {}
+
+    __device__ __forceinline__ void run() {
+        int index = blockIdx.x;
+        for (int turn = 0; index >= 0; ++turn) {
+            const WorkItem item = p.items[index];
+            barrier_wait(s.q_empty[turn % 2], turn / 2 % 2 ^ 1);
+            load_item(item, turn % 2);
+            index = item.next;
+        }
+    }
+
+    __device__ __forceinline__ void load_item(const WorkItem& item, int slot) {
+        const QueryRow query(p, item, warp * kWarpRows + lane % kWarpRows);
+        k = i64(p.k + item.kv_head * p.k_stride_head + lane % kChunks * 8);
+        v = i64(p.v + item.kv_head * p.v_stride_head + lane % kChunks * 8);
+        SegmentStream segments(p, item, lane);
+#pragma unroll 1
+        for (int done = 0; done < item.tokens; done += kTileTokens) {
+            const int tokens = min(item.tokens - done, kTileTokens);
+            barrier_wait(s.k_empty[fill.stage], fill.parity ^ 1);
+            const Share share = lay_out_tile(item, segments, tokens);
+            copy_share(share, s.k[fill.stage], k, k_stride);
+            if (done == 0) load_queries(query, slot);
+            __syncwarp();  // the tile's view is written
+            arrive_after_copies(shared_address(&s.k_full[fill.stage]));
+            if (lane == 0) barrier_arrive(s.k_full[fill.stage]);
+            barrier_wait(s.v_empty[fill.stage], fill.parity ^ 1);
+            copy_share(share, s.v[fill.stage], v, v_stride);
+            arrive_after_copies(shared_address(&s.v_full[fill.stage]));
+            fill.advance(1);
+        }
+    }
+
+    // Starts the copy of this warp's share of an item's queries, whose rows its lanes hold. Rows past the last are zero.
+    // They arrive with the item's first keys.
+    __device__ __forceinline__ void load_queries(const QueryRow& own, int slot) {
+        using Place = PanelPlace<kRows, kChunks>;
+        const Place to(warp * kWarpRows, lane);
+        const u32 tile = shared_address(s.q[slot]);
+        const i64 offset = own.request * p.q_stride_request + own.head * p.q_stride_head;
+#pragma unroll
+        for (int pass = 0; pass < kWarpRows / Place::kRowsPerPass; ++pass) {
+            const int in_warp = pass * Place::kRowsPerPass + lane / kChunks;
+            const i64 from = __shfl_sync(0xffffffffu, offset, in_warp);
+            const bool valid = __shfl_sync(0xffffffffu, int(own.valid), in_warp);
+            copy_async_16(tile + to.offset(pass), i64(p.q + from + lane % kChunks * 8), valid);
+        }
+    }
+
+    // This warp's share of a tile: rows of K and V.
+    struct Share {
+        int count;      // rows; the rest is zero
+        int token;      // the row that this lane knows
+        int run_token;  // where all rows follow one another: the first; else -1
+    };
+
+    // Takes the next `tokens` tokens off the stream, and notes who sees them: the rest of the tile, nobody.
+    __device__ __forceinline__ Share lay_out_tile(const WorkItem& item, SegmentStream& segments, int tokens) {
+        const int num_rows = item.num_requests * p.group;
+        const int first = warp * kWarpTokens;
+        const int own = first + lane % kWarpTokens;
+        Share share{tokens - first, 0, -1};
+        int visible = 0;
+        TileView view{kRows, 0, 0, tokens < kTileTokens ? 0 : kRows};
+#pragma unroll 1
+        for (int filled = 0; filled < tokens;) {
+            const Segment& run = segments.current;
+            const int taken = min(run.kv_len, tokens - filled);
+            if (own >= filled && own < filled + taken) {
+                share.token = run.kv_begin + own - filled;
+                visible = run.row_begin | (run.row_end - run.row_begin) << 8;
+            }
+            const bool whole = first >= filled && first + kWarpTokens <= filled + taken;
+            if (whole) share.run_token = run.kv_begin + first - filled;
+            view.any_begin = min(view.any_begin, run.row_begin);
+            view.any_end = max(view.any_end, run.row_end);
+            view.all_begin = max(view.all_begin, run.row_begin);
+            // What rows past the last compute is never looked at.
+            view.all_end = min(view.all_end, run.row_end == num_rows ? kRows : run.row_end);
+            filled += taken;
+            segments.take(taken);
+        }
+        if (lane < kWarpTokens) s.visible[fill.view()][own] = u16(visible);
+        if (warp == 0 && lane == 0) s.view[fill.view()] = view;
+        return share;
+    }
+
+    // Starts the copy of this warp's share of a tile.
+    __device__ __forceinline__ void copy_share(const Share& share, const void* tile, i64 base, int stride) {
+        const u32 to = shared_address(tile);
+        constexpr int kPasses = kWarpTokens / Place::kRowsPerPass;
+        if (share.run_token >= 0) {
+            const i64 run = row_address(base, share.run_token + lane / kChunks, stride);
+#pragma unroll
+            for (int pass = 0; pass < kPasses; ++pass) {
+                copy_async_16(to + place.offset(pass), row_address(run, pass * Place::kRowsPerPass, stride));
+            }
+        } else {
+#pragma unroll
+            for (int pass = 0; pass < kPasses; ++pass) {
+                const int in_warp = pass * Place::kRowsPerPass + lane / kChunks;
+                const int from = __shfl_sync(0xffffffffu, share.token, in_warp);
+                copy_async_16(to + place.offset(pass), row_address(base, from, stride), in_warp < share.count);
+            }
+        }
+    }
+    // base + row * stride in one instruction; C++ would multiply 64 by 64 bits.
+    static __device__ __forceinline__ i64 row_address(i64 base, int row, int stride_bytes) {
+        i64 address;
+        asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(address) : "r"(row), "r"(stride_bytes), "l"(base));
+        return address;
+    }
+    static __device__ __forceinline__ void copy_async_16(u32 to, i64 from) {
+        ::copy_async_16(to, reinterpret_cast<const void*>(from));
+    }
+    static __device__ __forceinline__ void copy_async_16(u32 to, i64 from, bool valid) {
+        ::copy_async_16(to, reinterpret_cast<const void*>(from), valid);
+    }
+};
+
+struct Consumer {
+    const WorkParams& p;
+    Shared& s;
+    int group;         // warpgroup
+    int row_group;
+    WarpgroupRows rows;
+    Ring ring;         // the place of this warpgroup's current tile
+    int tile;          // its number among all that the worker has
+
+    __device__ __forceinline__ Consumer(const WorkParams& p, Shared& s)
+        : p(p), s(s), group(threadIdx.x / kGroupThreads), row_group(kRowGroups == 2 ? group : 0),
+          rows(row_group * kGroupRows), tile(kTokenGroups == 2 ? group : 0) {
+        ring.advance(tile);
+    }
+
+    __device__ __forceinline__ void run() {
+        int end = 0;  // of the item's tiles
+        int index = blockIdx.x;
+        for (int turn = 0; index >= 0; ++turn) {
+            const WorkItem& item = p.items[index];
+            const int next = item.next;
+            fetch_ahead(item, next);
+            end += ceil_div(item.tokens, kTileTokens);
+            rows.reset();
+            attend_tiles(end, shared_address(s.q[turn % 2]) + row_group * kGroupRows * kPanelRowBytes);
+            arrive(s.q_empty[turn % 2]);
+            rows.finish();
+            if (kTokenGroups == 2) {
+                if (group == 1) {
+                    give(turn > 0);
+                } else {
+                    receive(next >= 0);
+                    write(item);
+                }
+            } else {
+                write(item);
+            }
+            index = next;
+        }
+    }
+
+    // Brings near what is needed at the item's end.
+    __device__ __forceinline__ void fetch_ahead(const WorkItem& item, int next) const {
+        prefetch(p.items + max(next, 0));
+        prefetch(p.request_order + item.first_position + min(rows.first_row / p.group, item.num_requests - 1));
+    }
+    static __device__ __forceinline__ void prefetch(const void* address) {
+        asm volatile("prefetch.global.L1 [%0];" ::"l"(address));
+    }
+
+    // A warp's sign that it is done with a place.
+    static __device__ __forceinline__ void arrive(Barrier& barrier) {
+        if (threadIdx.x % kWarpSize == 0) barrier_arrive(barrier);
+    }
+
+    // Attends this warpgroup's tiles of an item. The values of a tile are added during the softmax of the next one.
+    __device__ __forceinline__ void attend_tiles(int end, u32 queries) {
+        if (tile >= end) return;
+        WarpgroupRows::Scores scores;
+        start_scores(scores, queries);
+        products_wait<0>(scores);
+        arrive(s.k_empty[ring.stage]);
+        weigh(scores, [] {});
+        Ring behind = ring;  // the tile whose values are still to be added
+        advance();
+#pragma unroll 1
+        while (tile < end) {
+            start_scores(scores, queries);
+            start_values(behind);
+            products_wait<1>(scores);
+            arrive(s.k_empty[ring.stage]);
+            weigh(scores, [&] { arrive(s.v_empty[behind.stage]); });
+            behind = ring;
+            advance();
+        }
+        start_values(behind);
+        products_wait<0>(rows.o);
+        arrive(s.v_empty[behind.stage]);
+    }
+    __device__ __forceinline__ void start_scores(WarpgroupRows::Scores& scores, u32 queries) {
+        barrier_wait(s.k_full[ring.stage], ring.parity);
+        fence_shared_async();
+        WarpgroupRows::start_scores(scores, queries, kRows * kPanelRowBytes, shared_address(s.k[ring.stage]));
+    }
+    __device__ __forceinline__ void start_values(const Ring& place) {
+        barrier_wait(s.v_full[place.stage], place.parity);
+        fence_shared_async();
+        rows.start_values(shared_address(s.v[place.stage]));
+    }
+    template <typename AfterValues>
+    __device__ __forceinline__ void weigh(WarpgroupRows::Scores& scores, const AfterValues& after_values) {
+        rows.weigh(scores, s.view[ring.view()], shared_address(s.visible[ring.view()]),
+                   ScoreScale{p.sm_scale, p.logit_cap}, after_values);
+    }
+    __device__ __forceinline__ void advance() {
+        tile += kTokenGroups;
+        ring.advance(kTokenGroups);
+    }
+
+    // The second token group leaves its state in shared memory, in the order of the accumulators ...
+    __device__ __forceinline__ void give(bool used_before) {
+        const int thread = threadIdx.x % kGroupThreads;
+        if (used_before) named_sync(kExchangeEmpty, 2 * kGroupThreads);
+#pragma unroll
+        for (int i = 0; i < kOutputs; ++i) s.exchange[i * kGroupThreads + thread] = rows.o[i];
+        if (thread % 4 == 0) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) s.exchange_state[rows.first_row + half * 8] = rows.state[half];
+        }
+        named_arrive(kExchangeFull, 2 * kGroupThreads);
+    }
+    // ... and the first adds it to its own.
+    __device__ __forceinline__ void receive(bool used_again) {
+        const int thread = threadIdx.x % kGroupThreads;
+        named_sync(kExchangeFull, 2 * kGroupThreads);
+        float own[2], other[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const SoftmaxState given = s.exchange_state[rows.first_row + half * 8];
+            SoftmaxState total;
+            total.m = fmaxf(rows.state[half].m, given.m);
+            own[half] = total.weight(rows.state[half].m);
+            other[half] = total.weight(given.m);
+            total.l = rows.state[half].l * own[half] + given.l * other[half];
+            rows.state[half] = total;
+        }
+#pragma unroll
+        for (int i = 0; i < kOutputs; ++i) {
+            rows.o[i] = rows.o[i] * own[i / 2 % 2] + s.exchange[i * kGroupThreads + thread] * other[i / 2 % 2];
+        }
+        if (used_again) named_arrive(kExchangeEmpty, 2 * kGroupThreads);
+    }
+
+    // Writes the item's outputs, or its partial ones; the last piece merges them all.
+    __device__ __forceinline__ void write(const WorkItem& item) {
+        normalise();
+        if (item.pieces > 1) {
+            write_partial(item);
+            if (!is_last(item)) return;
+            merge(item);
+            normalise();
+        }
+        write_outputs(item);
+    }
+    __device__ __forceinline__ void normalise() {
+        const float factor[2] = {rows.state[0].normaliser(), rows.state[1].normaliser()};
+        rows.scale_outputs(factor);
+    }
+
+    // A warp without rows of the item has nothing to write or merge.
+    __device__ __forceinline__ bool has_rows(const WorkItem& item) const {
+        return rows.first_row / 16 * 16 < item.num_requests * p.group;
+    }
+    __device__ __forceinline__ i64 partial(const WorkItem& item, int piece) const {
+        return i64(item.first_partial + piece) * kRowGroups + row_group;
+    }
+    __device__ __forceinline__ float* partial_lse(i64 partial, int half) const {
+        return p.mid_lse + partial * kGroupRows + rows.first_row % kGroupRows + half * 8;
+    }
+
+    __device__ __forceinline__ void write_partial(const WorkItem& item) {
+        if (!has_rows(item)) return;
+        const i64 to = partial(item, item.piece);
+        float* o = p.mid_o + to * kOutputs * kGroupThreads + threadIdx.x % kGroupThreads;
+#pragma unroll
+        for (int i = 0; i < kOutputs; ++i) __stcg(o + i * kGroupThreads, rows.o[i]);
+        if (threadIdx.x % 4 == 0) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                __stcg(partial_lse(to, half), rows.state[half].m + log2_approx(rows.state[half].l));
+            }
+        }
+    }
+
+    // Whether this piece is the last of its rows to be done.
+    __device__ __forceinline__ bool is_last(const WorkItem& item) {
+        named_sync(kOwnGroup + group, kGroupThreads);
+        if (threadIdx.x % kGroupThreads == 0) {
+            int* counter = p.counters + item.counter * kRowGroups + row_group;
+            const bool last = add_acquire_release(counter, 1) == item.pieces - 1;
+            if (last) *counter = 0;  // for the next launch
+            s.last[group] = last;
+        }
+        named_sync(kOwnGroup + group, kGroupThreads);
+        return s.last[group];
+    }
+
+    // Adds the pieces up, in their order: the result does not depend on who does it.
+    __device__ __forceinline__ void merge(const WorkItem& item) {
+        rows.reset();
+        if (!has_rows(item)) return;
+#pragma unroll 1
+        for (int piece = 0; piece < item.pieces; ++piece) {
+            const i64 from = partial(item, piece);
+            const float* o = p.mid_o + from * kOutputs * kGroupThreads + threadIdx.x % kGroupThreads;
+            float weight[2], factor[2];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float lse = __ldcg(partial_lse(from, half));
+                SoftmaxState& state = rows.state[half];
+                const float m = fmaxf(state.m, lse);
+                factor[half] = exp2_approx(state.m - SoftmaxState::finite_base(m));
+                weight[half] = exp2_approx(lse - SoftmaxState::finite_base(m));
+                state.l = state.l * factor[half] + weight[half];
+                state.m = m;
+            }
+#pragma unroll
+            for (int i = 0; i < kOutputs; ++i) {
+                rows.o[i] = rows.o[i] * factor[i / 2 % 2] + __ldcg(o + i * kGroupThreads) * weight[i / 2 % 2];
+            }
+        }
+    }
+
+    __device__ __forceinline__ void write_outputs(const WorkItem& item) const {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const QueryRow row(p, item, rows.first_row + half * 8);
+            u16* to = p.o + row.request * p.o_stride_request + row.head * p.o_stride_head;
+            if (p.o_aligned) {
+                write_row(half, row.valid, [to](int column, u32 low, u32 high) {
+                    *reinterpret_cast<Packed4*>(to + column) = Packed4{low, high};
+                });
+            } else {
+                write_row(half, row.valid, [to](int column, u32 low, u32 high) {
+                    to[column] = u16(low);
+                    to[column + 1] = u16(low >> 16);
+                    to[column + 2] = u16(high);
+                    to[column + 3] = u16(high >> 16);
+                });
+            }
+        }
+    }
+    // Neighbouring lanes swap, so that each has four columns in a row to store.
+    template <typename Store>
+    __device__ __forceinline__ void write_row(int half, bool valid, const Store& store) const {
+        const bool odd = threadIdx.x % 2;
+        const int column = threadIdx.x % 4 / 2 * 4 + odd * 8;
+#pragma unroll
+        for (int j = 0; j < kOutputs / 4; j += 2) {
+            const float* o = rows.o + 4 * j + 2 * half;
+            const u32 even_pair = Element::pack(o[0], o[1]), odd_pair = Element::pack(o[4], o[5]);
+            const u32 other = __shfl_xor_sync(0xffffffffu, odd ? even_pair : odd_pair, 1);
+            if (valid) store(column + j * 8, odd ? other : even_pair, odd ? odd_pair : other);
+        }
+    }
+
+    static constexpr int kExchangeFull = 1, kExchangeEmpty = 2, kOwnGroup = 3;  // named barriers
+};
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1) tree_decode_sm90(const __grid_constant__ WorkParams p) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    Shared& s = *reinterpret_cast<Shared*>(memory);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < kStages; ++i) {
+            // A thread arrives when its copies are there; for what warps store beside the keys, they arrive once more.
+            barrier_init(s.k_full[i], kProducerWarps * (kWarpSize + 1));
+            barrier_init(s.v_full[i], kProducerWarps * kWarpSize);
+            barrier_init(s.k_empty[i], kRowGroups * kConsumerWarps / 2);
+            barrier_init(s.v_empty[i], kRowGroups * kConsumerWarps / 2);
+        }
+        for (Barrier& barrier : s.q_empty) barrier_init(barrier, kConsumerWarps);
+    }
+    __syncthreads();
+    if (threadIdx.x < kConsumerWarps * kWarpSize) {
+        Consumer(p, s).run();
+    } else {
+        Producer(p, s).run();
+    }
+}

@@ -1,0 +1,211 @@
+"""The planner for persistent workers, and its kernel: every path once, equal shares, right however a tile is cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fasttree_cupy as ft
+from fasttree_cupy.execution.kernels import WORKER_GROUP_ROWS, WORKER_TILE_TOKENS
+from fasttree_cupy.planning import balanced
+from fasttree_cupy.planning.balanced import BalancedPlan
+from fasttree_cupy.planning.machine import H200_WORKERS, WorkerMachine
+from tests.cases import TREES, Tree
+from tests.reference import dense_attention, path_rows
+from tests.test_decode import DTYPES
+from tests.tolerances import assert_close
+
+ROW_GROUPS = {1: H200_WORKERS._replace(double_step=1e6), 2: H200_WORKERS._replace(step=1e6)}
+"""Machines for which two row groups, or one, look too slow."""
+
+
+def as_kv_tree(tree: Tree) -> ft.KVTree:
+    return ft.KVTree(tree.parent, tree.seqlen, tree.request_node)
+
+
+def rows_seen(made: BalancedPlan, group: int, kv_heads: int) -> list[list[list[int]]]:
+    """Rows of K and V that each KV head of each request attends to, walked worker by worker as the kernel does."""
+    seen: list[list[list[int]]] = [[[] for _ in made.request_order] for _ in range(kv_heads)]
+    visited: list[int] = []
+    pieces: dict[tuple[int, int], list[tuple[int, int, int, int]]] = {}
+    for worker in range(made.workers):
+        index = worker
+        while index >= 0:
+            visited.append(index)
+            first, count, head, left, index, following, piece, of, partial, counter, *_ = made.items[index].tolist()
+            segment = made.items[visited[-1], 12:].tolist()
+            assert 0 < count * group <= WORKER_GROUP_ROWS * made.row_groups
+            pieces.setdefault((head, first), []).append((piece, of, partial, counter))
+            while left > 0:
+                begin, length, row_begin, row_end = segment
+                assert length > 0
+                assert 0 <= row_begin < row_end <= count * group
+                assert row_begin % group == row_end % group == 0
+                taken = min(length, left)
+                for i in range(row_begin // group, row_end // group):
+                    seen[head][made.request_order[first + i]] += range(begin, begin + taken)
+                left -= taken
+                if left > 0:
+                    segment = made.segments[following].tolist()
+                    following += 1
+    assert sorted(visited) == list(range(len(made.items)))
+    check_pieces(made, pieces)
+    return seen
+
+
+def check_pieces(made: BalancedPlan, pieces: dict[tuple[int, int], list[tuple[int, int, int, int]]]) -> None:
+    """Pieces of a tile are numbered, share a counter, and own one partial output each."""
+    partials: list[int] = []
+    counters: list[int] = []
+    for found in pieces.values():
+        assert sorted(piece for piece, *_ in found) == list(range(len(found)))
+        assert {of for _, of, *_ in found} == {len(found)}
+        if len(found) > 1:
+            (first,) = {partial for *_, partial, _ in found}
+            (counter,) = {counter for *_, counter in found}
+            partials += range(first, first + len(found))
+            counters.append(counter)
+    assert sorted(partials) == list(range(made.partials))
+    assert sorted(counters) == list(range(made.counters))
+
+
+@pytest.mark.parametrize("tree", TREES, ids=lambda tree: tree.name)
+@pytest.mark.parametrize(("group", "kv_heads"), [(1, 2), (3, 1), (16, 1), (100, 1)])
+def test_each_path_is_read_once(tree: Tree, group: int, kv_heads: int) -> None:
+    kv_tree = as_kv_tree(tree)
+    made = balanced.plan(kv_tree, group, kv_heads, 128, 132, H200_WORKERS)
+    np.testing.assert_array_equal(np.sort(made.request_order), np.arange(kv_tree.batch_size))
+    for rows in rows_seen(made, group, kv_heads):
+        for request, found in enumerate(rows):
+            expected = path_rows(tree.parent, tree.seqlen, tree.request_node[request])
+            np.testing.assert_array_equal(np.sort(found), np.sort(expected))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 7, 40])
+@pytest.mark.parametrize("row_groups", [1, 2])
+@pytest.mark.parametrize("group", [1, 5, 64])
+def test_each_path_is_read_once_however_it_is_cut(group: int, row_groups: int, workers: int) -> None:
+    for tree in TREES[:5] + TREES[20::20]:
+        made = balanced.plan(as_kv_tree(tree), group, 2, 128, workers, ROW_GROUPS[row_groups])
+        assert made.row_groups == row_groups
+        assert made.workers <= workers
+        for rows in rows_seen(made, group, 2):
+            for request, found in enumerate(rows):
+                expected = path_rows(tree.parent, tree.seqlen, tree.request_node[request])
+                np.testing.assert_array_equal(np.sort(found), np.sort(expected))
+
+
+@pytest.mark.parametrize(("levels", "tokens"), [([1, 1024], [2048, 32]), ([256], [4096]), ([1, 3], [90000, 7])])
+def test_workers_get_equal_shares(levels: list[int], tokens: list[int]) -> None:
+    if len(levels) == 1:
+        levels, tokens = [1, *levels], [0, *tokens]
+    made = balanced.plan(ft.KVTree.from_levels(levels, tokens), 4, 8, 128, 132, H200_WORKERS)
+    loads = []
+    for worker in range(made.workers):
+        loads.append(0)
+        index = worker
+        while index >= 0:
+            loads[-1] += -(-int(made.items[index, 3]) // WORKER_TILE_TOKENS) + 2
+            index = int(made.items[index, 4])
+    assert made.workers >= 120
+    assert max(loads) <= 1.1 * np.mean(loads) + 4
+
+
+def test_enough_tiles_for_all_are_cut_at_workers_borders_only() -> None:
+    made = balanced.plan(ft.KVTree.from_levels([1, 1024], [64, 640]), 1, 32, 128, 132, H200_WORKERS)
+    assert made.counters < made.workers
+    assert made.partials <= 2 * made.counters + 1
+
+
+def test_little_work_goes_to_few_workers() -> None:
+    made = balanced.plan(ft.KVTree.from_levels([1], [100]), 4, 1, 128, 132, H200_WORKERS)
+    assert (made.workers, made.partials, len(made.items)) == (1, 0, 1)
+
+
+def test_what_is_too_large_is_refused() -> None:
+    with pytest.raises(ValueError, match="tree_info holds 4294967294 tokens"):
+        balanced.plan(ft.KVTree([-1, 0], [2**31 - 1, 2**31 - 1]), 1, 1, 128, 132, H200_WORKERS)
+    with pytest.raises(ValueError, match="group is 129, expected at most 128"):
+        balanced.plan(ft.KVTree.from_levels([1], [5]), 129, 1, 128, 132, H200_WORKERS)
+
+
+CUT_TREES = (
+    ft.KVTree.from_levels([1, 3, 40], [130, 33, 17]),
+    ft.KVTree.from_levels([1, 90], [700, 3]),
+    ft.KVTree.from_levels([1, 2, 30], [0, 300, 0]),
+    ft.KVTree([-1, 0, 0, 1], [0, 0, 70, 65], [0, 1, 2, 3, 3]),
+)
+"""Long prefixes, short leaves, nodes without tokens, and requests that attend to nothing."""
+
+
+def force(monkeypatch: pytest.MonkeyPatch, machine: WorkerMachine, workers: int) -> None:
+    """Make plan_decode plan for another machine."""
+    monkeypatch.setattr("fasttree_cupy.plan.H200_WORKERS", machine)
+    monkeypatch.setattr("fasttree_cupy.execution.cuda.multiprocessors", lambda _: workers)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [1, 5, 132])
+@pytest.mark.parametrize("row_groups", [1, 2])
+@pytest.mark.parametrize(("group", "kv_heads", "head_dim"), [(1, 3, 128), (3, 2, 64), (16, 1, 128), (64, 2, 64)])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_cut_is_right_on_the_gpu(
+    dtype: str,
+    group: int,
+    kv_heads: int,
+    head_dim: int,
+    row_groups: int,
+    workers: int,
+    cupy: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    force(monkeypatch, ROW_GROUPS[row_groups], workers)
+    for tree in CUT_TREES:
+        q, _, _, _, k, v, _ = ft.qkv_preparation(tree, group * kv_heads, kv_heads, head_dim, "cuda", dtype)
+        inputs = [array.get().astype(np.float32) for array in (q, k, v)]
+        plan = ft.plan_decode(tree, group * kv_heads, kv_heads, head_dim, device="cuda")
+        if not hasattr(plan.schedule, "workers"):
+            pytest.skip("this GPU has no warpgroup products")
+        assert plan.schedule.row_groups == row_groups
+        plan.schedule.mid_o.fill(np.nan)
+        plan.schedule.mid_lse.fill(np.nan)
+        for cap in (-1.0, 1.5):
+            expected, _ = dense_attention(tree.parent, tree.seqlen, tree.request_node, *inputs, head_dim**-0.5, cap)
+            out = cupy.full(q.shape, np.nan, np.float32).astype(q.dtype)
+            plan.run(q, k, v, out, logit_cap=cap)
+            assert_close(out.get(), expected, DTYPES[dtype])
+        assert not plan.schedule.arrays[0].any()  # the counters are ready for the next run
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", [65, 128])
+def test_groups_up_to_two_warpgroups_rows(group: int, cupy: Any) -> None:
+    tree = CUT_TREES[0]
+    q, _, _, _, k, v, _ = ft.qkv_preparation(tree, group, 1, 64, "cuda")
+    out = ft.plan_decode(tree, group, 1, 64, device="cuda").run(q, k, v)
+    inputs = [array.get() for array in (q, k, v)]
+    expected, _ = dense_attention(tree.parent, tree.seqlen, tree.request_node, *inputs, 0.125)
+    assert_close(out.get(), expected, np.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sm_scale", [0.0, -0.125, 3.0])
+def test_any_scale_is_right_on_the_gpu(sm_scale: float, cupy: Any) -> None:
+    tree = CUT_TREES[0]
+    q, _, _, _, k, v, _ = ft.qkv_preparation(tree, 8, 2, 64, "cuda")
+    out = ft.plan_decode(tree, 8, 2, 64, device="cuda").run(q, k, v, sm_scale=sm_scale)
+    inputs = [array.get() for array in (q, k, v)]
+    expected, _ = dense_attention(tree.parent, tree.seqlen, tree.request_node, *inputs, sm_scale)
+    assert_close(out.get(), expected, np.float16)
+
+
+@pytest.mark.gpu
+def test_many_runs_agree_to_the_bit(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = ft.KVTree.from_levels([1, 16, 64], [1024, 256, 32])
+    q, _, _, _, k, v, _ = ft.qkv_preparation(tree, 32, 8, 128, "cuda")
+    plan = ft.plan_decode(tree, 32, 8, 128, device="cuda")
+    first = plan.run(q, k, v).view(np.uint16)
+    for _ in range(200):
+        assert (plan.run(q, k, v).view(np.uint16) == first).all()
