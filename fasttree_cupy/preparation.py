@@ -12,10 +12,11 @@ import numpy.typing as npt
 from fasttree_cupy.checks import checked_head_dim
 from fasttree_cupy.execution.device import resolve_device
 from fasttree_cupy.execution.upload import place_schedule
+from fasttree_cupy.integers import int_vector
 from fasttree_cupy.metadata import MetadataTuple, PhaseNodeNums
 from fasttree_cupy.params import FastTreeParams, checked_heads, checked_int, checked_pair
 from fasttree_cupy.planning.greedy import GreedyPlan, plan
-from fasttree_cupy.tree import KVTree, KVTreeNode, as_tree, int_vector
+from fasttree_cupy.tree import KVTree, KVTreeNode, as_tree
 
 __all__ = ["fasttree_preparation"]
 

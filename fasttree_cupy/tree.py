@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +19,8 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import numpy.typing as npt
 from numba import njit
+
+from fasttree_cupy.integers import flat_int64, int_vector
 
 __all__ = ["KVTree", "KVTreeNode", "as_tree", "fill_requests", "retrive_from_file", "write_tree_to_file"]
 
@@ -335,36 +336,6 @@ _ARRAYS = _Where("parent", lambda name, i: f"{name}[{i}]")
 _NODES = _Where("tree_info", lambda name, i: f"tree_info[{i}].{name}")
 
 
-def _all_ints(values: Iterable[object]) -> bool:
-    """Whether all are integers (NumPy's too, bool not); looks at each type once."""
-    return all(issubclass(t, (int, np.integer)) and t is not bool for t in set(map(type, values)))
-
-
-def int_vector(values: npt.ArrayLike, name: str) -> Int64Array:
-    """A fresh int64 vector of `values`; TypeError or ValueError in the name of the argument `name`."""
-    if not isinstance(values, np.ndarray):
-        if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-            raise TypeError(f"{name} is {type(values).__name__}, expected a sequence of integers")
-        return _flat_int64(list(values), lambda k: f"{name}[{k}]")
-    if values.ndim != 1 or values.dtype.kind not in "iu":
-        raise TypeError(f"{name} is {values.dtype} of shape {values.shape}, expected integers, one dimension")
-    if values.dtype == np.uint64 and values.size and values.max() > np.iinfo(np.int64).max:
-        raise ValueError(f"{name} holds {values.max()}, which does not fit in 64 bits with a sign")
-    return values.astype(np.int64)
-
-
-def _flat_int64(values: list[Any], name: Callable[[int], str]) -> Int64Array:
-    """int64 vector of a list of Python integers; ``name(k)`` is what a message calls entry k."""
-    if not _all_ints(values):
-        k = next(k for k, v in enumerate(values) if not _all_ints([v]))
-        raise TypeError(f"{name(k)} is {values[k]!r}, expected an integer")
-    try:
-        return np.frombuffer(array("q", values), np.int64)  # three times as fast as np.array(values)
-    except OverflowError:
-        k = next(k for k, v in enumerate(values) if not -(2**63) <= v < 2**63)
-        raise ValueError(f"{name(k)} is {values[k]}, which does not fit in 64 bits") from None
-
-
 def _read_nodes(nodes: Sequence[KVTreeNode], where: _Where) -> tuple[Int64Array, Int64Array, Int32Array, Int32Array]:
     """Check all but the requests; returns parent, seqlen, breadth_first, num_children."""
     if not isinstance(nodes, Sequence) or isinstance(nodes, (str, bytes)):
@@ -376,7 +347,7 @@ def _read_nodes(nodes: Sequence[KVTreeNode], where: _Where) -> tuple[Int64Array,
     except AttributeError:
         _raise_not_a_node(nodes, where)
     width = len(_NODE_FIELDS)
-    table = _flat_int64(flat, lambda k: where.field(_NODE_FIELDS[k % width], k // width)).reshape(-1, width)
+    table = flat_int64(flat, lambda k: where.field(_NODE_FIELDS[k % width], k // width)).reshape(-1, width)
     parent, ids, seqlen, declared = np.ascontiguousarray(table.T)
     if (wrong := np.flatnonzero(ids != np.arange(len(ids)))).size:
         i = int(wrong[0])
@@ -432,9 +403,7 @@ def _path_ends(nodes: Sequence[KVTreeNode], parent: Int64Array, order: Int32Arra
         raise TypeError(f"tree_info[{i}].requests is {type(lists[i]).__name__}, expected a list of integers") from None
     offsets = np.zeros(len(lists) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
-    requests = _flat_int64(
-        flat, lambda k: f"an entry of tree_info[{np.searchsorted(offsets, k, 'right') - 1}].requests"
-    )
+    requests = flat_int64(flat, lambda k: f"an entry of tree_info[{np.searchsorted(offsets, k, 'right') - 1}].requests")
     last = np.full(len(requests), -1, np.int64)
     code, node, value, other = _scan_requests(parent, order, offsets, requests, last)
     if code == _OK:
