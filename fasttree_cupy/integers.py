@@ -1,4 +1,4 @@
-"""Integers of a caller, checked and made 64-bit vectors; the messages name the argument."""
+"""Integers of a caller, checked and made arrays; the messages name the argument."""
 
 from __future__ import annotations
 
@@ -16,15 +16,23 @@ Int64Array = npt.NDArray[np.int64]
 
 def int_vector(values: npt.ArrayLike, name: str) -> Int64Array:
     """A fresh int64 vector of `values`; TypeError or ValueError in the name of the argument `name`."""
-    if not isinstance(values, np.ndarray):
+    if not hasattr(values, "__array__"):
         if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
             raise TypeError(f"{name} is {type(values).__name__}, expected a sequence of integers")
         return flat_int64(list(values), lambda k: f"{name}[{k}]")
+    values = _host_array(values, name)
     if values.ndim != 1 or values.dtype.kind not in "iu":
         raise TypeError(f"{name} is {values.dtype} of shape {values.shape}, expected integers, one dimension")
     if values.dtype == np.uint64 and values.size and values.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{name} holds {values.max()}, which does not fit in 64 bits with a sign")
     return values.astype(np.int64)
+
+
+def _host_array(values: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
+    try:
+        return np.asarray(values)
+    except TypeError:  # an array on a GPU
+        raise TypeError(f"{name} is {type(values).__name__}, expected an array in host memory") from None
 
 
 def flat_int64(values: list[Any], name: Callable[[int], str]) -> Int64Array:
