@@ -21,6 +21,8 @@ import numpy.typing as npt
 from numba import njit
 
 from fasttree_cupy.integers import flat_int64, int_vector
+from fasttree_cupy.params import checked_int
+from fasttree_cupy.tree_building import tree_of_sequences
 
 __all__ = ["KVTree", "KVTreeNode", "as_tree", "fill_requests", "retrive_from_file", "write_tree_to_file"]
 
@@ -180,6 +182,31 @@ class KVTree:
         return cls(np.concatenate(parents), np.repeat(tokens, sizes))
 
     @classmethod
+    def from_sequences(cls, token_ids: Iterable[npt.ArrayLike]) -> KVTree:
+        """Build the tree of what requests have in common: tokens that several begin with are held once.
+
+        A request may end at an inner node, and equal requests end at the same one. Where the requests share no
+        first token, or one of them is empty, the root holds no tokens.
+
+        Token t of request r has row ``tree.request_rows(r)[t]`` of K and V. Rows, and nodes, are in the order in
+        which the requests, one after the other, first bring them: request 0 has rows 0 to its length - 1, request
+        1 adds its tokens after the prefix that the two share, and so on.
+
+        Parameters
+        ----------
+        token_ids : sequence of B array_like of int, one dimension each
+            Token ids of each request.
+
+        Raises
+        ------
+        TypeError
+            `token_ids` is no sequence of integer sequences.
+        ValueError
+            There is no request.
+        """
+        return cls(*tree_of_sequences(token_ids))
+
+    @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> KVTree:
         """Read a tree file; each leaf, in node order, gets one request.
 
@@ -265,6 +292,24 @@ class KVTree:
         """
         offsets, requests = _node_requests(self.parent, self.request_node)
         return offsets, requests
+
+    def request_rows(self, request: int) -> Int64Array:
+        """Rows of K and V that a request attends to, in the order of its tokens: int64 (path_tokens[request],).
+
+        Raises
+        ------
+        TypeError, ValueError
+            `request` is no integer from 0 to batch_size - 1.
+        """
+        request = checked_int(request, "request", least=0)
+        if request >= self.batch_size:
+            raise ValueError(f"request is {request}, expected 0 to {self.batch_size - 1}")
+        runs: list[Int64Array] = []
+        node = int(self.request_node[request])
+        while node >= 0:
+            runs.append(np.arange(self.kv_ptrs[node], self.kv_ptrs[node + 1]))
+            node = int(self.parent[node])
+        return np.concatenate(runs[::-1])
 
     def _request_lists(self) -> list[list[int]]:
         offsets, requests = self.node_requests()

@@ -1,0 +1,195 @@
+"""Trees of token sequences, against a trie of plain dictionaries."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from fasttree_cupy.tree import KVTree
+
+Rng = np.random.Generator
+
+
+# The oracle: a trie of one token a vertex, vertices numbered as they are made; vertex v > 0 is row v - 1.
+
+
+class Expected(NamedTuple):
+    parent: list[int]
+    seqlen: list[int]
+    request_node: list[int]
+    request_rows: list[list[int]]
+    tokens: list[Any]
+    """The token of each row."""
+
+
+def trie(requests: Sequence[Sequence[Hashable]]) -> Expected:
+    children: list[dict[Hashable, int]] = [{}]
+    above, tokens, paths = [-1], [], []
+    for request in requests:
+        path = [0]
+        for token in request:
+            if token not in children[path[-1]]:
+                children[path[-1]][token] = len(children)
+                children.append({})
+                above.append(path[-1])
+                tokens.append(token)
+            path.append(children[path[-1]][token])
+        paths.append(path)
+
+    # A node begins where paths part or one ends; where neither is at vertex 0, the root begins at vertex 1.
+    ends = {path[-1] for path in paths}
+    starts = [0] if 0 in ends or len(children[0]) > 1 else [1]
+    starts += [v for v in range(starts[0] + 1, len(children)) if above[v] in ends or len(children[above[v]]) > 1]
+    node_of: dict[int, int] = {}
+    for v in range(starts[0], len(children)):
+        node_of[v] = starts.index(v) if v in starts else node_of[above[v]]
+    return Expected(
+        parent=[node_of.get(above[v], -1) for v in starts],
+        seqlen=[sum(node == i and v > 0 for v, node in node_of.items()) for i in range(len(starts))],
+        request_node=[node_of[path[-1]] for path in paths],
+        request_rows=[[v - 1 for v in path[1:]] for path in paths],
+        tokens=tokens,
+    )
+
+
+def check(tree: KVTree, expected: Expected) -> None:
+    assert tree.parent.tolist() == expected.parent
+    assert tree.seqlen.tolist() == expected.seqlen
+    assert tree.request_node.tolist() == expected.request_node
+    assert [tree.request_rows(r).tolist() for r in range(tree.batch_size)] == expected.request_rows
+
+
+def related(rng: Rng, batch_size: int, alphabet: int, longest: int) -> list[list[int]]:
+    """Sequences of which many begin as an earlier one does, or end inside one, or are one."""
+    made: list[list[int]] = []
+    for _ in range(batch_size):
+        old = made[rng.integers(len(made))] if made and rng.random() < 0.8 else []
+        kept = old[: int(rng.integers(len(old) + 1))] if rng.random() < 0.8 else old
+        new = rng.integers(alphabet, size=int(rng.integers(longest // 2 + 1)) if rng.random() < 0.8 else 0)
+        made.append([*kept, *map(int, new)][:longest])
+    return made
+
+
+# Sequences.
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_random_sequences(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    sequences = related(rng, int(rng.integers(1, 20)), int(rng.choice([1, 2, 3, 50])), int(rng.choice([3, 12, 40])))
+    expected = trie(sequences)
+    tree = KVTree.from_sequences(sequences)
+    check(tree, expected)
+    rows = np.array(expected.tokens, np.int64)
+    for r, sequence in enumerate(sequences):
+        assert rows[tree.request_rows(r)].tolist() == sequence
+
+
+@pytest.mark.parametrize(
+    ("sequences", "parent", "seqlen", "request_node"),
+    [
+        ([[5, 6, 7]], [-1], [3], [0]),
+        ([[5, 6, 7, 8], [5, 6, 9]], [-1, 0, 0], [2, 2, 1], [1, 2]),
+        ([[5, 6, 7, 8], [5, 6]], [-1, 0], [2, 2], [1, 0]),
+        ([[5, 6], [5, 6, 7, 8]], [-1, 0], [2, 2], [0, 1]),
+        ([[5, 6], [5, 6]], [-1], [2], [0, 0]),
+        ([[5, 6], [7]], [-1, 0, 0], [0, 2, 1], [1, 2]),
+        ([[], [7, 8]], [-1, 0], [0, 2], [0, 1]),
+        ([[7, 8], []], [-1, 0], [0, 2], [1, 0]),
+        ([[], []], [-1], [0], [0, 0]),
+        ([[1, 2, 3, 4], [1, 2, 3, 5], [1, 6]], [-1, 0, 1, 1, 0], [1, 2, 1, 1, 1], [2, 3, 4]),
+    ],
+)
+def test_sequences_by_hand(
+    sequences: list[list[int]], parent: list[int], seqlen: list[int], request_node: list[int]
+) -> None:
+    tree = KVTree.from_sequences(sequences)
+    assert (tree.parent.tolist(), tree.seqlen.tolist(), tree.request_node.tolist()) == (parent, seqlen, request_node)
+
+
+def test_rows_are_in_the_order_of_the_requests() -> None:
+    tree = KVTree.from_sequences([[1, 2, 3], [1, 2, 9, 9], [1, 2, 3, 4]])
+    assert [tree.request_rows(r).tolist() for r in range(3)] == [[0, 1, 2], [0, 1, 3, 4], [0, 1, 2, 5]]
+    assert tree.request_rows(np.int32(1)).dtype == np.int64  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("step", [1, -1, 2**20, 2**40, 2**62 // 700])
+def test_many_children(step: int) -> None:
+    """Children of one node are told apart by their tokens, however these are spread."""
+    sequences = [[9, k * step] for k in range(700)] * 2
+    tree = KVTree.from_sequences(np.array(sequences))
+    assert tree.num_nodes == 701
+    assert tree.request_node.tolist() == [*range(1, 701)] * 2
+
+
+class Foreign:
+    """An array of another framework, on the host or not."""
+
+    def __init__(self, values: Any, on_host: bool = True) -> None:
+        self.values, self.on_host = np.array(values), on_host
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        if not self.on_host:
+            raise TypeError("implicit conversion is not allowed")
+        return self.values
+
+
+def test_kinds_of_sequences() -> None:
+    expected = trie([[1, 2], [1, 3], [1]])
+    kinds: tuple[Any, ...] = (
+        ((1, 2), np.array([1, 3], np.uint8), np.array([1], np.int32)),
+        [Foreign([1, 2]), range(1, 4, 2), [np.int64(1)]],
+        iter([[1, 2], [1, 3], [1]]),
+    )
+    for sequences in kinds:
+        check(KVTree.from_sequences(sequences), expected)
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "error", "message"),
+    [
+        ([], ValueError, "token_ids is empty, expected a sequence a request"),
+        (None, TypeError, "token_ids is NoneType, expected a sequence of integer sequences"),
+        ("text", TypeError, "token_ids is str, expected"),
+        (["text"], TypeError, r"token_ids\[0\] is str, expected a sequence of integers"),
+        ([[1], 2], TypeError, r"token_ids\[1\] is int, expected a sequence of integers"),
+        (np.array([1, 2]), TypeError, r"token_ids\[0\] is int64 of shape \(\), expected integers, one dimension"),
+        ([[1], [2, 3.0]], TypeError, r"token_ids\[1\]\[1\] is 3\.0, expected an integer"),
+        ([[True]], TypeError, r"token_ids\[0\]\[0\] is True, expected an integer"),
+        ([[1], np.zeros(2)], TypeError, r"token_ids\[1\] is float64 of shape \(2,\), expected integers"),
+        ([np.zeros((2, 2), int)], TypeError, r"token_ids\[0\] is int64 of shape \(2, 2\), .* one dimension"),
+        ([[2**63]], ValueError, r"token_ids\[0\]\[0\] is 9223372036854775808, which does not fit"),
+        ([Foreign([1], on_host=False)], TypeError, r"token_ids\[0\] is Foreign, expected an array in host memory"),
+    ],
+)
+def test_wrong_sequences(token_ids: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        KVTree.from_sequences(token_ids)
+
+
+@pytest.mark.parametrize(
+    ("request_id", "error", "message"),
+    [
+        (2, ValueError, "request is 2, expected 0 to 1"),
+        (-1, ValueError, "request is -1"),
+        (0.0, TypeError, r"request is 0\.0, expected an integer"),
+    ],
+)
+def test_wrong_request(request_id: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        KVTree.from_sequences([[1], [2]]).request_rows(request_id)
+
+
+def test_request_rows_of_any_tree() -> None:
+    """Ids in any order, and nodes without tokens."""
+    tree = KVTree([3, 0, 0, -1, 3], [1, 2, 0, 3, 1], [1, 2, 3, 4])
+    assert [tree.request_rows(r).tolist() for r in range(4)] == [
+        [3, 4, 5, 0, 1, 2],
+        [3, 4, 5, 0],
+        [3, 4, 5],
+        [3, 4, 5, 6],
+    ]
