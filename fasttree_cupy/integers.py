@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["flat_int64", "int_vector"]
+__all__ = ["flat_int64", "int_matrix", "int_vector"]
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -28,11 +28,23 @@ def int_vector(values: npt.ArrayLike, name: str) -> Int64Array:
     return values.astype(np.int64)
 
 
+def int_matrix(values: npt.ArrayLike, name: str) -> npt.NDArray[np.integer[Any]]:
+    """`values` as an array of integers of two dimensions, without a copy where it is an array in host memory."""
+    matrix = _host_array(values, name)
+    if matrix.ndim != 2:
+        raise ValueError(f"{name} has shape {matrix.shape}, expected two dimensions")
+    if matrix.dtype.kind not in "iu":
+        raise TypeError(f"{name} is {matrix.dtype}, expected integers")
+    return matrix
+
+
 def _host_array(values: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
     try:
         return np.asarray(values)
     except TypeError:  # an array on a GPU
         raise TypeError(f"{name} is {type(values).__name__}, expected an array in host memory") from None
+    except ValueError:
+        raise ValueError(f"{name} has rows of different lengths, expected a rectangle") from None
 
 
 def flat_int64(values: list[Any], name: Callable[[int], str]) -> Int64Array:

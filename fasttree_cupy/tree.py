@@ -22,7 +22,7 @@ from numba import njit
 
 from fasttree_cupy.integers import flat_int64, int_vector
 from fasttree_cupy.params import checked_int
-from fasttree_cupy.tree_building import tree_of_sequences
+from fasttree_cupy.tree_building import tree_of_block_tables, tree_of_sequences
 
 __all__ = ["KVTree", "KVTreeNode", "as_tree", "fill_requests", "retrive_from_file", "write_tree_to_file"]
 
@@ -205,6 +205,43 @@ class KVTree:
             There is no request.
         """
         return cls(*tree_of_sequences(token_ids))
+
+    @classmethod
+    def from_block_tables(
+        cls, block_tables: npt.ArrayLike, seq_lens: npt.ArrayLike, page_size: int
+    ) -> tuple[KVTree, Int32Array]:
+        """Build the tree of the requests of a paged KV cache, and list the rows of the pool that hold its tokens.
+
+        Requests share the pages that their tables begin with alike, as far as both are long. The last shared page
+        may be partly filled, and by one request further than by the other: a node then ends inside it. A page that
+        follows different pages in two tables is no shared prefix; each of them has it in nodes of its own.
+
+        Parameters
+        ----------
+        block_tables : array_like of int, shape (B, pages)
+            Page numbers of each request, first to last; entries past those that `seq_lens` needs are not read.
+        seq_lens : array_like of int, shape (B,)
+            Tokens of each request.
+        page_size : int
+            Tokens of a page: page p holds rows ``p * page_size`` to ``(p + 1) * page_size - 1`` of the pool.
+
+        Returns
+        -------
+        tree : KVTree
+        kv_indices : int32 (unique_tokens,)
+            Row of the pool for each row of the tree's K and V: ``pool[kv_indices]`` is the K or V that goes with
+            the tree, and node i has ``kv_indices[tree.kv_ptrs[i]:tree.kv_ptrs[i + 1]]``.
+
+        Raises
+        ------
+        TypeError
+            An argument holds something other than integers, or is not in host memory.
+        ValueError
+            A shape is wrong, a length is negative or exceeds the table, or a page number that is needed is negative
+            or its rows do not fit in 32 bits.
+        """
+        tree, kv_indices = tree_of_block_tables(block_tables, seq_lens, page_size)
+        return cls(*tree), kv_indices
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> KVTree:

@@ -9,16 +9,18 @@ of a node by its next key, so the work grows with the keys, not with the width o
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from fasttree_cupy.integers import int_vector
+from fasttree_cupy.integers import int_matrix, int_vector
+from fasttree_cupy.params import checked_int
 
-__all__ = ["RadixTree", "tree_of_sequences"]
+__all__ = ["RadixTree", "tree_of_block_tables", "tree_of_sequences"]
 
+Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 
 
@@ -47,6 +49,43 @@ def tree_of_sequences(token_ids: Iterable[npt.ArrayLike]) -> RadixTree:
     keys = _Keys(np.concatenate(sequences), np.cumsum(lengths) - lengths, lengths, 1)
     tree, _ = _number(*_insert(keys))
     return tree
+
+
+def tree_of_block_tables(
+    block_tables: npt.ArrayLike, seq_lens: npt.ArrayLike, page_size: int
+) -> tuple[RadixTree, Int32Array]:
+    """The tree and rows of ``KVTree.from_block_tables``, which says what they hold and raises."""
+    page_size = checked_int(page_size, "page_size")
+    table = int_matrix(block_tables, "block_tables")
+    lengths = int_vector(seq_lens, "seq_lens")
+    _check_lengths(lengths, table, page_size)
+    columns = -(-int(lengths.max()) // page_size)  # a table may be much wider than its longest request
+    # Always a copy: Numba would compile the passes once more for an array that is read-only.
+    pages = table[:, :columns].astype(np.int64)
+    first = np.arange(len(pages), dtype=np.int64) * columns
+    keys = _Keys(pages.ravel(), first, lengths, page_size)
+    tree, runs = _number(*_insert(keys))
+    num_pages = 2**31 // page_size  # all of their rows fit in 32 bits
+    rows, wrong = _pool_rows(keys, runs, num_pages)
+    if wrong >= 0:
+        r, j = divmod(wrong, columns)
+        raise ValueError(f"block_tables[{r}, {j}] is {table[r, j]}, expected a page number from 0 to {num_pages - 1}")
+    return tree, rows
+
+
+def _check_lengths(lengths: Int64Array, table: npt.NDArray[Any], page_size: int) -> None:
+    batch_size, columns = table.shape
+    if batch_size == 0:
+        raise ValueError("block_tables is empty, expected a row a request")
+    if len(lengths) != batch_size:
+        raise ValueError(f"seq_lens has {len(lengths)} entries, expected one a row of block_tables: {batch_size}")
+    most = columns * page_size
+    wrong = np.flatnonzero((lengths < 0) | (lengths > most))
+    if wrong.size:
+        r = int(wrong[0])
+        raise ValueError(
+            f"seq_lens[{r}] is {lengths[r]}, expected 0 to {most}: {columns} pages of {page_size} tokens a row"
+        )
 
 
 # Compiled passes.
@@ -184,3 +223,25 @@ def _number(nodes: _Nodes, request_node: Int64Array) -> tuple[RadixTree, _Nodes]
             above[i] = number[above[i]]
     made = _Nodes(above, nodes.owner[order], nodes.begin[order], nodes.end[order])
     return RadixTree(above, made.end - made.begin, number[request_node]), made
+
+
+@njit(cache=True)
+def _pool_rows(keys: _Keys, nodes: _Nodes, num_pages: int) -> tuple[Int32Array, int]:
+    """Row of the pool for each token, node after node, and where in ``keys.values`` a page is wrong, else -1."""
+    size = keys.page_size
+    rows = np.empty(np.sum(nodes.end - nodes.begin), np.int32)
+    count = 0
+    for i in range(len(nodes.owner)):
+        position = nodes.begin[i]
+        while position < nodes.end[i]:
+            place = keys.first[nodes.owner[i]] + position // size
+            page = keys.values[place]
+            if page < 0 or page >= num_pages:
+                return rows, place
+            offset = position % size
+            run = min(size - offset, nodes.end[i] - position)
+            for k in range(run):
+                rows[count + k] = page * size + offset + k
+            count += run
+            position += run
+    return rows, -1

@@ -1,4 +1,4 @@
-"""Trees of token sequences, against a trie of plain dictionaries."""
+"""Trees of token sequences and of block tables, against a trie of plain dictionaries."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from fasttree_cupy.tree import KVTree
 
 Rng = np.random.Generator
+INT32_MAX = 2**31 - 1
 
 
 # The oracle: a trie of one token a vertex, vertices numbered as they are made; vertex v > 0 is row v - 1.
@@ -193,3 +194,137 @@ def test_request_rows_of_any_tree() -> None:
         [3, 4, 5],
         [3, 4, 5, 6],
     ]
+
+
+# Block tables.
+
+
+def pool_rows(pages: Sequence[int], length: int, page_size: int) -> list[int]:
+    return [pages[t // page_size] * page_size + t % page_size for t in range(length)]
+
+
+def check_block_tables(tables: npt.NDArray[Any], seq_lens: Sequence[int], page_size: int) -> KVTree:
+    tree, kv_indices = KVTree.from_block_tables(tables, seq_lens, page_size)
+    requests = [pool_rows(pages, n, page_size) for pages, n in zip(tables.tolist(), seq_lens, strict=True)]
+    expected = trie(requests)
+    check(tree, expected)
+    assert kv_indices.dtype == np.int32
+    assert kv_indices.tolist() == expected.tokens
+    for r, rows in enumerate(requests):
+        assert kv_indices[tree.request_rows(r)].tolist() == rows
+    return tree
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 3, 16])
+@pytest.mark.parametrize("seed", range(30))
+def test_random_block_tables(seed: int, page_size: int) -> None:
+    """Rows of related pages; lengths end on and inside pages, padding is whatever the memory held."""
+    rng = np.random.default_rng([seed, page_size])
+    pages = related(rng, int(rng.integers(1, 20)), int(rng.choice([1, 2, 40])), 8)
+    tables = rng.integers(-(2**31), 2**31, (len(pages), 9)).astype(f"int{rng.choice([32, 64])}")
+    seq_lens = []
+    for row, own in zip(tables, pages, strict=True):
+        row[: len(own)] = own
+        last = 0 if rng.random() < 0.4 else int(rng.integers(page_size))
+        seq_lens.append(max(len(own) * page_size - last, 0))
+    check_block_tables(tables, seq_lens, page_size)
+
+
+@pytest.mark.parametrize(
+    ("tables", "seq_lens", "seqlen", "request_node"),
+    [
+        # Both fill page 7 in part, one further: the shorter ends at an inner node.
+        ([[3, 7], [3, 7]], [6, 7], [6, 1], [0, 1]),
+        ([[3, 7], [3, 7]], [7, 6], [6, 1], [1, 0]),
+        ([[3, 7], [3, 7]], [6, 6], [6], [0, 0]),
+        # The one goes on after the page.
+        ([[3, 7, 0], [3, 7, 5]], [6, 10], [6, 4], [0, 1]),
+        # Three lengths inside one page, then a fork after it.
+        ([[7, 0], [7, 0], [7, 1], [7, 2]], [1, 3, 5, 6], [1, 2, 1, 1, 2], [0, 1, 3, 4]),
+        # Pages differ where both are partly filled.
+        ([[3, 7], [3, 8]], [6, 6], [4, 2, 2], [1, 2]),
+        # One page after different pages is no shared prefix.
+        ([[3, 7], [4, 7]], [8, 8], [0, 8, 8], [1, 2]),
+        # A page twice in one table.
+        ([[3, 3, 3]], [10], [10], [0]),
+        ([[3, 3], [3, 4]], [0, 8], [0, 8], [0, 1]),
+    ],
+)
+def test_block_tables_by_hand(
+    tables: list[list[int]], seq_lens: list[int], seqlen: list[int], request_node: list[int]
+) -> None:
+    tree = check_block_tables(np.array(tables), seq_lens, 4)
+    assert (tree.seqlen.tolist(), tree.request_node.tolist()) == (seqlen, request_node)
+
+
+def test_block_tables_of_a_large_batch() -> None:
+    """1,024 requests of 128 pages on three levels, 64 + 56 + 8 pages, ids in no order."""
+    nodes = np.split(np.random.default_rng(0).permutation(64 + 16 * 56 + 1024 * 8), [64, 64 + 16 * 56])
+    request = np.arange(1024)
+    levels = [nodes[0].reshape(1, 64), nodes[1].reshape(16, 56), nodes[2].reshape(1024, 8)]
+    tables = np.hstack([level[request * len(level) // 1024] for level in levels]).astype(np.int32)
+    tree, kv_indices = KVTree.from_block_tables(tables, np.full(1024, 128 * 16), 16)
+    assert tree.num_nodes == 1 + 16 + 1024
+    assert sorted(tree.seqlen.tolist()) == [8 * 16] * 1024 + [56 * 16] * 16 + [64 * 16]
+    assert tree.unique_tokens == len(set(kv_indices.tolist())) == 16 * sum(map(len, nodes))
+    tokens = (tables[:, :, None] * 16 + np.arange(16)).reshape(1024, -1)
+    for r in (0, 1, 63, 64, 500, 1023):
+        assert np.array_equal(kv_indices[tree.request_rows(r)], tokens[r])
+
+
+def test_kinds_of_block_tables() -> None:
+    expected = KVTree.from_block_tables([[3, 7], [3, 8]], [6, 6], 4)
+    columns = np.array([[3, 0, 7, 0], [3, 0, 8, 0]], np.int16)[:, ::2]
+    for tables in (columns, np.asfortranarray(columns, np.uint64), Foreign(columns), ((3, 7), (3, 8))):
+        tree, kv_indices = KVTree.from_block_tables(tables, Foreign([6, 6]), np.int64(4))  # type: ignore[arg-type]
+        assert tree.parent.tolist() == expected[0].parent.tolist()
+        assert kv_indices.tolist() == expected[1].tolist()
+
+
+def test_block_tables_are_left_alone() -> None:
+    tables = np.arange(6).reshape(2, 3)
+    tables.flags.writeable = False
+    _, kv_indices = KVTree.from_block_tables(tables, [3, 3], 1)
+    kv_indices[:] = -1
+    assert tables.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_no_tokens() -> None:
+    tree, kv_indices = KVTree.from_block_tables(np.zeros((2, 0), int), [0, 0], 16)
+    assert (tree.seqlen.tolist(), tree.request_node.tolist(), kv_indices.tolist()) == ([0], [0, 0], [])
+
+
+def test_last_pool_row() -> None:
+    _, kv_indices = KVTree.from_block_tables([[2**27 - 1]], [16], 16)
+    assert kv_indices.tolist() == list(range(2**31 - 16, 2**31))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([[1, -1]], [5], 4), ValueError, r"block_tables\[0, 1\] is -1, expected a page number from 0 to 536870911"),
+        (([[0, 1, 9], [0, 1, -3]], [4, 12], 4), ValueError, r"block_tables\[1, 2\] is -3"),
+        (([[2**27]], [1], 16), ValueError, r"block_tables\[0, 0\] is 134217728, expected .* 0 to 134217727"),
+        ((np.array([[2**64 - 1]], np.uint64), [1], 1), ValueError, r"block_tables\[0, 0\] is 18446744073709551615"),
+        (([[0, 1]], [9], 4), ValueError, r"seq_lens\[0\] is 9, expected 0 to 8: 2 pages of 4 tokens a row"),
+        (([[0], [1]], [4, -1], 4), ValueError, r"seq_lens\[1\] is -1, expected 0 to 4"),
+        (([[0], [1]], [4], 4), ValueError, "seq_lens has 1 entries, expected one a row of block_tables: 2"),
+        (([[0]], 4, 4), TypeError, "seq_lens is int, expected a sequence of integers"),
+        (([[0]], [4.0], 4), TypeError, r"seq_lens\[0\] is 4\.0, expected an integer"),
+        (([[0]], np.array([[4]]), 4), TypeError, r"seq_lens is int64 of shape \(1, 1\), .* one dimension"),
+        (([0, 1], [4, 4], 4), ValueError, r"block_tables has shape \(2,\), expected two dimensions"),
+        (([], [], 4), ValueError, r"block_tables has shape \(0,\), expected two dimensions"),
+        ((np.zeros((0, 4), int), [], 4), ValueError, "block_tables is empty, expected a row a request"),
+        (([[0, 1], [0]], [4, 4], 4), ValueError, "block_tables has rows of different lengths"),
+        (([[0.0]], [4], 4), TypeError, "block_tables is float64, expected integers"),
+        (([[True]], [1], 4), TypeError, "block_tables is bool, expected integers"),
+        (([[None]], [1], 4), TypeError, "block_tables is object, expected integers"),
+        ((Foreign([[0]], on_host=False), [4], 4), TypeError, "block_tables is Foreign, expected an array in host"),
+        (([[0]], [4], 0), ValueError, f"page_size is 0, expected 1 to {INT32_MAX}"),
+        (([[0]], [4], 4.0), TypeError, r"page_size is 4\.0, expected an integer"),
+        (([[0]], [4], 2**31), ValueError, f"page_size is 2147483648, expected 1 to {INT32_MAX}"),
+    ],
+)
+def test_wrong_block_tables(arguments: tuple[Any, Any, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        KVTree.from_block_tables(*arguments)
