@@ -148,18 +148,18 @@ def fasttree_decode(
         raise ValueError(f"{name} is {value!r}, but q lies on the CPU, expected {name} left out")
 
     with streams.use_device(device[1]) if device[0] == "cuda" else nullcontext():
-        handle = None
+        work = None
         if device[0] == "cuda":
-            handle = streams.stream_handle(stream, arrays.framework_of(q), device[1])
+            work = streams.WorkStream(streams.stream_handle(stream, arrays.framework_of(q), device[1]), device[1])
         inputs = {"q": q, "k_buffer": k_buffer, "v_buffer": v_buffer}
-        views = {name: arrays.view(name, array, handle) for name, array in inputs.items()}
+        views = {name: arrays.view(name, array, work) for name, array in inputs.items()}
         views |= {name: arrays.view(name, array) for name, array in metadata.items()}
         check_inputs({name: views[name] for name in INPUT_NAMES})
         check_metadata(views, phases)
         if o is not None:
-            views["o"] = arrays.view("o", o, handle)
+            views["o"] = arrays.view("o", o, work)
             check_output(views["o"], views["q"])
-        if handle is None:
+        if work is None:
             cpu.check_metadata(numpy_metadata(views, phases), views["k_buffer"].shape[0], views["q"].shape[0])
         else:
             kernel = cuda.check_kernel(kernel, {name: views[name] for name in INPUT_NAMES})
@@ -167,23 +167,29 @@ def fasttree_decode(
         # Every check has passed: from here on memory is written.
         if o is None:
             result = arrays.empty(views["q"].shape, views["q"].dtype, views["q"])
-            views["o"] = arrays.view("o", result, handle)
+            views["o"] = arrays.view("o", result, work)
         operands = Operands(views["q"], views["k_buffer"], views["v_buffer"], views["o"], scale, cap)
-        run(views, operands, phases, kernel, handle)
+        run(views, operands, phases, kernel, work)
         if o is not None:
             return None
-        with nullcontext() if handle is None else streams.use_stream(handle, device[1]):
+        with nullcontext() if work is None else work.launches():
             return arrays.hand_back(result, views["q"])
 
 
-def run(views: Mapping[str, ArrayView], operands: Operands, phases: Phases, kernel: str, stream: int | None) -> None:
+def run(
+    views: Mapping[str, ArrayView],
+    operands: Operands,
+    phases: Phases,
+    kernel: str,
+    stream: streams.WorkStream | None,
+) -> None:
     """Run the backend: CUDA on a stream, the CPU where there is none."""
     if stream is None:
         cpu.run(operands, numpy_metadata(views, phases))
         return
     metadata = [views[name] for name in ARRAY_NAMES]
     cuda.decode(operands, metadata, phases.node_nums, phases.node_offsets, phases.q_tile_sizes, kernel, stream)
-    streams.keep_borrowed(stream, operands.q.device[1], [*operands[:4], *metadata])
+    stream.keep_borrowed([*operands[:4], *metadata])
 
 
 class Phases(NamedTuple):

@@ -149,22 +149,20 @@ class DecodePlan:
         if kind == "cpu" and stream is not None:
             raise ValueError(f"stream is {stream!r}, but q lies on the CPU, expected stream left out")
         with nullcontext() if kind == "cpu" else streams.use_device(place[1]):
-            handle = None
+            work = None
             if kind == "cuda":
-                handle = streams.stream_handle(stream, arrays.framework_of(q), place[1])
-            q_view, k_view, v_view = (
-                arrays.view(name, array, handle) for name, array in (("q", q), ("k", k), ("v", v))
-            )
+                work = streams.WorkStream(streams.stream_handle(stream, arrays.framework_of(q), place[1]), place[1])
+            q_view, k_view, v_view = (arrays.view(name, array, work) for name, array in (("q", q), ("k", k), ("v", v)))
             self._check(q_view, k_view, v_view)
             result = arrays.empty(q_view.shape, q_view.dtype, q_view) if out is None else out
-            o_view = arrays.view("out", result, handle)
+            o_view = arrays.view("out", result, work)
             check_output(o_view, q_view, "out")
-            self.schedule.run(Operands(q_view, k_view, v_view, o_view, scale, cap), handle)
-            if handle is not None:
-                streams.keep_borrowed(handle, place[1], (q_view, k_view, v_view, o_view), own=self.schedule)
+            self.schedule.run(Operands(q_view, k_view, v_view, o_view, scale, cap), work)
+            if work is not None:
+                work.keep_borrowed((q_view, k_view, v_view, o_view), own=self.schedule)
             if out is not None:
                 return out
-            with nullcontext() if handle is None else streams.use_stream(handle, place[1]):
+            with nullcontext() if work is None else work.launches():
                 return arrays.hand_back(result, q_view)
 
     def _check(self, q: ArrayView, k: ArrayView, v: ArrayView) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from fasttree_cupy.execution import dlpack
 from fasttree_cupy.execution.arrays import DTYPES, as_numpy, device_of, empty, hand_back, view
-from fasttree_cupy.execution.streams import stream_handle
+from fasttree_cupy.execution.streams import WorkStream, stream_handle
 
 CPU = ("cpu", 0)
 
@@ -285,15 +285,15 @@ def test_producers_refusal_names_the_argument() -> None:
 
 def test_stream_goes_to_cuda_producers_only() -> None:
     on_gpu = Producer(capsule=handmade_capsule(device=(2, 0)), device=(2, 0))
-    view("q", on_gpu, 1234)
+    view("q", on_gpu, WorkStream(1234, 0))
     assert on_gpu.asked == {"max_version": (1, 0), "stream": 1234}
-    view("q", on_gpu, 0)
+    view("q", on_gpu, WorkStream(0, 0))
     assert on_gpu.asked["stream"] == 1  # what DLPack calls the legacy default stream
     old = OldProducer(capsule=handmade_capsule(device=(2, 0)), device=(2, 0))
-    view("q", old, 1234)
+    view("q", old, WorkStream(1234, 0))
     assert old.asked == {"stream": 1234}
     on_cpu = Producer(numbers("float16"))
-    view("q", on_cpu, 1234)
+    view("q", on_cpu, WorkStream(1234, 0))
     assert on_cpu.asked == {"max_version": (1, 0)}
 
 

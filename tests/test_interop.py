@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fasttree_cupy.execution.arrays import DTYPES, as_numpy, device_of, empty, framework_of, hand_back, view
-from fasttree_cupy.execution.streams import keep_alive, stream_handle, use_stream
+from fasttree_cupy.execution.streams import WorkStream, keep_alive, stream_handle, use_stream
 
 CPU = ("cpu", 0)
 SHAPE = (3, 4, 8)
@@ -116,7 +116,7 @@ def test_jax_is_read_in_place_and_read_only(jax: Any, jax_cpu: Any, dtype: str) 
     seen = view("q", array)
     assert seen[:7] == (array.unsafe_buffer_pointer(), SHAPE, (32, 8, 1), dtype, CPU, False, "jax")
     assert device_of("q", array) == CPU
-    assert view("q", array, 1234).pointer == seen.pointer  # streams are nothing to the CPU
+    assert view("q", array, WorkStream(1234, 0)).pointer == seen.pointer  # streams are nothing to the CPU
     assert not as_numpy(seen).flags.writeable
     np.testing.assert_array_equal(as_numpy(seen), numbers(dtype))
 
@@ -260,7 +260,7 @@ def test_torch_cuda_is_read_in_place(torch_cuda: Any, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "int32"])
 def test_jax_cuda_is_read_in_place(jax: Any, jax_gpu: Any, dtype: str) -> None:
     array = jax.device_put(numbers(dtype), jax_gpu)
-    seen = view("q", array, 0)
+    seen = view("q", array, WorkStream(0, 0))
     assert seen[:7] == (array.unsafe_buffer_pointer(), SHAPE, (32, 8, 1), dtype, ("cuda", 0), False, "jax")
     assert device_of("q", array) == ("cuda", 0)
 
@@ -293,7 +293,7 @@ def test_given_stream_waits_for_cupy(cupy: Any, worker: Any, dtype: str) -> None
     producer = cupy.cuda.Stream(non_blocking=True)
     with producer:
         spin_then_fill(cupy, array.data.ptr, ONE[dtype], producer.ptr)
-        seen = view("q", array, worker.ptr)
+        seen = view("q", array, WorkStream(worker.ptr, 0))
     assert bits_read_on(cupy, worker, seen.pointer) == [ONE[dtype]]
 
 
@@ -305,7 +305,7 @@ def test_given_stream_waits_for_torch(cupy: Any, torch_cuda: Any, worker: Any, d
     producer = torch_cuda.cuda.Stream()
     with torch_cuda.cuda.stream(producer):
         spin_then_fill(cupy, tensor.data_ptr(), ONE[dtype], producer.cuda_stream)
-        seen = view("q", tensor, worker.ptr)
+        seen = view("q", tensor, WorkStream(worker.ptr, 0))
     assert bits_read_on(cupy, worker, seen.pointer) == [ONE[dtype]]
 
 

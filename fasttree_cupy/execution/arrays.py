@@ -61,7 +61,7 @@ class ArrayView(NamedTuple):
     """The array or its DLPack capsule: keeps the memory alive."""
 
 
-def view(name: str, array: Any, stream: int | None = None) -> ArrayView:
+def view(name: str, array: Any, stream: streams.WorkStream | None = None) -> ArrayView:
     """Look at an array without copying it.
 
     Parameters
@@ -69,9 +69,9 @@ def view(name: str, array: Any, stream: int | None = None) -> ArrayView:
     name : str
         The argument's name, for errors.
     array : NumPy, CuPy, torch or JAX array, or any object with ``__dlpack__``
-    stream : int, optional
-        Handle of the CUDA stream on which the array will be used: that stream then waits for what the array's
-        framework has queued on its own. Without effect for arrays on the CPU.
+    stream : WorkStream, optional
+        CUDA stream on which the array will be used: it then waits for what the array's framework has queued on its
+        own. Without effect for arrays on the CPU.
 
     Raises
     ------
@@ -136,17 +136,17 @@ def _view_numpy(array: Any) -> ArrayView:
     return ArrayView(pointer, array.shape, strides, dtype, _CPU, array.flags.writeable, "numpy", array)
 
 
-def _view_cupy(array: Any, stream: int | None) -> ArrayView:
+def _view_cupy(array: Any, stream: streams.WorkStream | None) -> ArrayView:
     dtype = _dtype_name(array.dtype)
     memory = array.data
     pointer, index = memory.ptr, memory.device_id
     strides = _strides_in_elements(array, pointer)
     if stream is not None:
-        streams.order_after(stream, "cupy", index)
+        stream.follow("cupy")
     return ArrayView(pointer, array.shape, strides, dtype, ("cuda", index), True, "cupy", array)
 
 
-def _view_torch(tensor: Any, stream: int | None) -> ArrayView:
+def _view_torch(tensor: Any, stream: streams.WorkStream | None) -> ArrayView:
     if tensor.requires_grad:
         raise TypeError("the tensor requires grad, detach it first: no gradient flows through this call")
     if tensor.layout is not sys.modules["torch"].strided:
@@ -159,13 +159,13 @@ def _view_torch(tensor: Any, stream: int | None) -> ArrayView:
     if pointer % size:
         raise ValueError(f"elements must lie at multiples of their size ({size} bytes), got address {pointer:#x}")
     if stream is not None and device is not _CPU:
-        streams.order_after(stream, "torch", device[1])
+        stream.follow("torch")
     return ArrayView(pointer, tuple(tensor.shape), tensor.stride(), dtype, device, True, "torch", tensor)
 
 
-def _view_dlpack(array: Any, framework: str, stream: int | None) -> ArrayView:
+def _view_dlpack(array: Any, framework: str, stream: streams.WorkStream | None) -> ArrayView:
     _require_dlpack(array)
-    capsule = dlpack.ask(array, stream)
+    capsule = dlpack.ask(array, None if stream is None else stream.handle)
     pointer, shape, strides, dtype, device, read_only = dlpack.read(capsule)
     if dtype not in DTYPES:
         raise _unsupported(dtype)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from . import streams
 from .kernels import (
     MMA_COMPUTE_CAPABILITY,
     KernelConfig,
+    MmaTile,
     choose_tile,
     load_kernel,
     tree_decode_config,
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from .arrays import ArrayView
     from .operands import Operands
+    from .streams import WorkStream
 
 __all__ = ["KERNELS", "check_kernel", "decode"]
 
@@ -126,7 +127,7 @@ def decode(
     phase_node_offsets: Sequence[int],
     phase_q_tile_sizes: Sequence[int],
     kernel: str,
-    stream: int,
+    stream: WorkStream,
 ) -> None:
     """Launch stage 1, once a phase, and stage 2, on the current device. All arguments have been checked.
 
@@ -138,10 +139,10 @@ def decode(
         The first eleven documented metadata arrays, in order.
     kernel : {"mma", "plain"}
         Stage-1 kernel, from `check_kernel`.
-    stream : int
-        Handle of the CUDA stream to launch on.
+    stream : WorkStream
+        CUDA stream to launch on.
     """
-    with streams.use_stream(stream, operands.q.device[1]):
+    with stream.launches():
         phases = zip(phase_node_offsets, phase_node_nums, phase_q_tile_sizes, strict=True)
         for first_vnode, count, q_tile_size in phases:
             if count > 0:
@@ -166,16 +167,16 @@ def launch_stage1(
     rows = q_tile_size * group
     if kernel == "mma":
         tile = choose_tile(rows, count * num_kv_heads, multiprocessors(q.device[1]), head_dim)
-        config = KernelConfig("stage1_mma", q.dtype, head_dim, tile, soft_cap=logit_cap > 0)
+        launch = stage1_launch("stage1_mma", q.dtype, head_dim, tile, logit_cap > 0, q.device[1])
         row_blocks = -(-rows // tile.rows)
     else:
-        config = KernelConfig("stage1_plain", q.dtype, head_dim, soft_cap=logit_cap > 0)
+        launch = stage1_launch("stage1_plain", q.dtype, head_dim, None, logit_cap > 0, q.device[1])
         row_blocks = -(-rows // PLAIN_ROWS)
     pointers = (q.pointer, k.pointer, v.pointer, *(view.pointer for view in (*metadata[:6], *metadata[9:11])))
     strides = (*q.strides[:2], *k.strides[:2], *v.strides[:2])
     params = np.array((*pointers, *strides, first_vnode, group, sm_scale, logit_cap), STAGE1_PARAMS)
     # A vnode with more rows than the grid covers is walked in steps: too small a tile size drops no query.
-    launch(config, q.device[1], (count, num_kv_heads, min(row_blocks, MAX_GRID_Z)), params)
+    launch((count, num_kv_heads, min(row_blocks, MAX_GRID_Z)), params)
 
 
 def launch_stage2(o: ArrayView, mid: Sequence[int], lists: Sequence[int], merges: int, requests: int = 0) -> None:
@@ -195,8 +196,8 @@ def launch_stage2(o: ArrayView, mid: Sequence[int], lists: Sequence[int], merges
     _, num_qo_heads, head_dim = o.shape
     pointers = (*mid, *lists, requests, o.pointer)
     params = np.array((*pointers, *o.strides[:2], merges, num_qo_heads, is_aligned(o), 0), STAGE2_PARAMS)
-    config = KernelConfig("stage2", o.dtype, head_dim)
-    launch(config, o.device[1], (-(-merges * num_qo_heads // STAGE2_ROWS), 1, 1), params)
+    grid = (-(-merges * num_qo_heads // STAGE2_ROWS), 1, 1)
+    stage2_launch(o.dtype, head_dim, o.device[1])(grid, params)
 
 
 def run_items(
@@ -206,7 +207,7 @@ def run_items(
     num_items: int,
     block_warps: int,
     merge: tuple[Sequence[int], int, int],
-    stream: int,
+    stream: WorkStream,
 ) -> None:
     """Launch ``tree_decode``, and the merge where there is something to merge, on the current device.
 
@@ -218,10 +219,10 @@ def run_items(
         See `launch_tree_decode`.
     merge : (sequence of 3 int, int, int)
         Arguments of `launch_stage2`: pointers to its lists, number of merges, pointer to their requests.
-    stream : int
-        Handle of the CUDA stream to launch on.
+    stream : WorkStream
+        CUDA stream to launch on.
     """
-    with streams.use_stream(stream, operands.q.device[1]):
+    with stream.launches():
         launch_tree_decode(operands, mid, lists, num_items, block_warps)
         merge_lists, merges, requests = merge
         if merges > 0:
@@ -253,8 +254,8 @@ def launch_tree_decode(
     strides = (*q.strides[:2], *k.strides[:2], *v.strides[:2], *o.strides[:2])
     numbers = (num_kv_heads, num_qo_heads // num_kv_heads, sm_scale, logit_cap, is_aligned(o), 0)
     params = np.array((*pointers, *strides, *numbers), TREE_DECODE_PARAMS)
-    config = tree_decode_config(q.dtype, head_dim, block_warps, logit_cap > 0)
-    launch(config, q.device[1], (num_items * num_kv_heads, 1, 1), params)
+    launch = tree_decode_launch(q.dtype, head_dim, block_warps, logit_cap > 0, q.device[1])
+    launch((num_items * num_kv_heads, 1, 1), params)
 
 
 def run_workers(
@@ -264,7 +265,7 @@ def run_workers(
     num_segments: int,
     row_groups: int,
     workers: int,
-    stream: int,
+    stream: WorkStream,
 ) -> None:
     """Launch ``tree_decode_sm90`` on the current device.
 
@@ -278,8 +279,8 @@ def run_workers(
         Pointers to the counters, the items, the segments and the order of the requests.
     num_segments, row_groups, workers : int
         See `fasttree_cupy.planning.balanced.BalancedPlan`.
-    stream : int
-        Handle of the CUDA stream to launch on.
+    stream : WorkStream
+        CUDA stream to launch on.
     """
     q, k, v, o, sm_scale, logit_cap = operands
     num_qo_heads, head_dim = q.shape[1:]
@@ -287,12 +288,51 @@ def run_workers(
     strides = (*q.strides[:2], *k.strides[:2], *v.strides[:2], *o.strides[:2])
     numbers = (num_segments, num_qo_heads // k.shape[1], sm_scale, logit_cap, is_aligned(o), 0)
     params = np.array((*pointers, *strides, *numbers), WORK_PARAMS)
-    config = worker_config(q.dtype, head_dim, row_groups, logit_cap > 0)
-    with streams.use_stream(stream, q.device[1]):
-        launch(config, q.device[1], (workers, 1, 1), params)
+    launch = worker_launch(q.dtype, head_dim, row_groups, logit_cap > 0, q.device[1])
+    with stream.launches():
+        launch((workers, 1, 1), params)
 
 
-def launch(config: KernelConfig, device: int, grid: tuple[int, int, int], params: Any) -> None:
-    """Launch a kernel on CuPy's current stream with its parameter struct passed by value."""
-    kernel = load_kernel(config, device)
-    kernel(grid, (config.threads, 1, 1), (params,), shared_mem=config.shared_bytes)
+class Launch(NamedTuple):
+    """A kernel that is ready to launch on a device, its block and its dynamic shared memory in bytes."""
+
+    kernel: Any
+    block: tuple[int, int, int]
+    shared_bytes: int
+
+    def __call__(self, grid: tuple[int, int, int], params: Any) -> None:
+        """Launch on CuPy's current stream with the kernel's parameter struct passed by value."""
+        self.kernel(grid, self.block, (params,), shared_mem=self.shared_bytes)
+
+
+def prepare(config: KernelConfig) -> Launch:
+    """Compile and load a kernel for the current device."""
+    return Launch(load_kernel(config), (config.threads, 1, 1), config.shared_bytes)
+
+
+# A configuration takes longer to build and to hash than its kernel to launch: what is launched each layer is found by
+# what decides it, the device among that.
+
+
+@functools.cache
+def worker_launch(dtype: str, head_dim: int, row_groups: int, soft_cap: bool, _device: int) -> Launch:
+    """``tree_decode_sm90``, ready to launch."""
+    return prepare(worker_config(dtype, head_dim, row_groups, soft_cap))
+
+
+@functools.cache
+def tree_decode_launch(dtype: str, head_dim: int, block_warps: int, soft_cap: bool, _device: int) -> Launch:
+    """``tree_decode``, ready to launch."""
+    return prepare(tree_decode_config(dtype, head_dim, block_warps, soft_cap))
+
+
+@functools.cache
+def stage1_launch(kernel: str, dtype: str, head_dim: int, tile: MmaTile | None, soft_cap: bool, _device: int) -> Launch:
+    """``stage1_mma`` with a tile or ``stage1_plain`` without, ready to launch."""
+    return prepare(KernelConfig(kernel, dtype, head_dim, tile, soft_cap=soft_cap))
+
+
+@functools.cache
+def stage2_launch(dtype: str, head_dim: int, _device: int) -> Launch:
+    """``stage2``, ready to launch."""
+    return prepare(KernelConfig("stage2", dtype, head_dim))

@@ -283,16 +283,13 @@ def compile_options(config: KernelConfig) -> tuple[str, ...]:
     return ("-std=c++17", f"-I{cuda_src() / 'include'}", *defines, *architecture)
 
 
-@functools.cache
-def load_kernel(config: KernelConfig, device: int) -> Any:
-    """Compile (or take from CuPy's cache on disk) and load a kernel.
+def load_kernel(config: KernelConfig) -> Any:
+    """Compile (or take from CuPy's cache on disk) and load a kernel for the current device.
 
     Parameters
     ----------
     config : KernelConfig
         What to build.
-    device : int
-        Index of the CUDA device, which must be the current one.
 
     Returns
     -------

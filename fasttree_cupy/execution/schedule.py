@@ -10,6 +10,7 @@ from fasttree_cupy.execution import cpu, cuda
 from fasttree_cupy.execution.arrays import ArrayView, view
 from fasttree_cupy.execution.kernels import MMA_COMPUTE_CAPABILITY, WORKER_GROUP_ROWS, block_warps, worker_problem
 from fasttree_cupy.execution.operands import Operands
+from fasttree_cupy.execution.streams import WorkStream
 from fasttree_cupy.execution.upload import place_schedule
 from fasttree_cupy.metadata import MetadataTuple, PhaseNodeNums
 
@@ -29,7 +30,7 @@ class Schedule(Protocol):
     def check(self, q: ArrayView, k: ArrayView, v: ArrayView) -> None:
         """Raise ValueError where this schedule cannot run on the arrays."""
 
-    def run(self, operands: Operands, stream: int | None) -> None:
+    def run(self, operands: Operands, stream: WorkStream | None) -> None:
         """Decode into ``o``; on a GPU the work is queued on a stream."""
 
 
@@ -66,10 +67,10 @@ class BalancedSchedule:
         """Raise ValueError where rows are not aligned."""
         check_rows(q, k, v)
 
-    def run(self, operands: Operands, stream: int | None) -> None:
+    def run(self, operands: Operands, stream: WorkStream | None) -> None:
         """Queue one launch."""
         if stream is None:
-            raise ValueError("stream is None, expected the handle of a CUDA stream")
+            raise ValueError("stream is None, expected a CUDA stream")
         cuda.run_workers(operands, self.mid, self.lists, self.num_segments, self.row_groups, self.workers, stream)
 
 
@@ -118,10 +119,10 @@ class SubtreeSchedule:
         """Raise ValueError where rows are not aligned."""
         check_rows(q, k, v)
 
-    def run(self, operands: Operands, stream: int | None) -> None:
+    def run(self, operands: Operands, stream: WorkStream | None) -> None:
         """Queue one launch, or two where requests are merged."""
         if stream is None:
-            raise ValueError("stream is None, expected the handle of a CUDA stream")
+            raise ValueError("stream is None, expected a CUDA stream")
         merge = (self.merge_lists, self.num_merges, self.merge_requests)
         cuda.run_items(operands, self.mid, self.lists, self.num_items, self.block_warps, merge, stream)
 
@@ -145,7 +146,7 @@ class HeuristicSchedule:
     def check(self, q: ArrayView, k: ArrayView, v: ArrayView) -> None:
         """Any arrays will do."""
 
-    def run(self, operands: Operands, stream: int | None) -> None:
+    def run(self, operands: Operands, stream: WorkStream | None) -> None:
         """Run stage 1 and stage 2."""
         if stream is None:
             cpu.run(operands, self.metadata)

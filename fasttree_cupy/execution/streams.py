@@ -14,10 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ForeignStream",
+    "WorkStream",
     "current_stream",
     "keep_alive",
-    "keep_borrowed",
-    "order_after",
     "stream_handle",
     "use_device",
     "use_stream",
@@ -82,19 +81,76 @@ def current_stream(framework: str, device_index: int) -> int:
     return int(raw_stream(device_index))
 
 
-def order_after(stream: int, framework: str, device_index: int) -> None:
-    """Make `stream` wait for what `framework` has queued on its current stream, where these are two.
+class WorkStream:
+    """The CUDA stream that one call works on, and the frameworks' current streams beside it.
 
-    The GPU must be CuPy's current device.
+    A look at a current stream costs about a microsecond: one a framework and call is enough.
+
+    Attributes
+    ----------
+    handle : int
+        The stream's handle.
+    device : int
+        Index of its GPU, which must be CuPy's current device.
     """
-    current = current_stream(framework, device_index)
-    if current == stream:
-        return
-    import cupy
 
-    event = cupy.cuda.Event(disable_timing=True)
-    cupy.cuda.runtime.eventRecord(event.ptr, current)
-    cupy.cuda.runtime.streamWaitEvent(stream, event.ptr)
+    __slots__ = ("_current", "_followed", "device", "handle")
+
+    def __init__(self, handle: int, device: int) -> None:
+        self.handle = handle
+        self.device = device
+        self._current: dict[str, int] = {}
+        self._followed: set[str] = set()
+
+    def current(self, framework: str) -> int:
+        """The handle of the stream that was `framework`'s current one when first asked for."""
+        current = self._current.get(framework)
+        if current is None:
+            current = self._current[framework] = current_stream(framework, self.device)
+        return current
+
+    def follow(self, framework: str) -> None:
+        """Make the stream wait for what `framework` has queued on its current stream, where these are two."""
+        if framework in self._followed:
+            return
+        self._followed.add(framework)
+        current = self.current(framework)
+        if current == self.handle:
+            return
+        import cupy
+
+        event = cupy.cuda.Event(disable_timing=True)
+        cupy.cuda.runtime.eventRecord(event.ptr, current)
+        cupy.cuda.runtime.streamWaitEvent(self.handle, event.ptr)
+
+    def launches(self) -> AbstractContextManager[Any]:
+        """Make the stream CuPy's current one, the one that RawKernel launches on."""
+        if self.current("cupy") == self.handle:
+            return nullcontext()
+        return use_stream(self.handle, self.device)
+
+    def keep_borrowed(self, views: Iterable[ArrayView], own: object = None) -> None:
+        """Hold what could be reused before the stream has read it (see `keep_alive`).
+
+        That is, what belongs to a framework that frees memory in another order than that of the stream: torch and CuPy
+        where their current stream is another one, all others always. Under a capture nothing is held: a graph's memory
+        is its caller's to keep.
+
+        Parameters
+        ----------
+        views : iterable of ArrayView
+            The caller's arrays.
+        own : object, optional
+            Holder of our own memory, which is CuPy's.
+        """
+        owners = [view.owner for view in views if not self._reused_in_order(view.framework)]
+        if own is not None and not self._reused_in_order("cupy"):
+            owners.append(own)
+        if owners and not is_capturing(self.handle):
+            keep_alive(self.handle, owners)
+
+    def _reused_in_order(self, framework: str) -> bool:
+        return framework in ("torch", "cupy") and self.current(framework) == self.handle
 
 
 _in_use: deque[tuple[Any, tuple[object, ...]]] = deque()
@@ -116,39 +172,6 @@ def keep_alive(stream: int, owners: Iterable[object]) -> None:
         _in_use.append((event, tuple(owners)))
         while _in_use and _in_use[0][0].done:
             _in_use.popleft()
-
-
-def keep_borrowed(stream: int, device_index: int, views: Iterable[ArrayView], own: object = None) -> None:
-    """Hold what could be reused before `stream` has read it (see `keep_alive`).
-
-    That is, what belongs to a framework that frees memory in another order than that of `stream`: torch and CuPy where
-    their current stream is another one, all others always. Under a capture nothing is held: a graph's memory is its
-    caller's to keep.
-
-    Parameters
-    ----------
-    stream : int
-        Handle of the stream that reads the memory.
-    device_index : int
-        The GPU.
-    views : iterable of ArrayView
-        The caller's arrays.
-    own : object, optional
-        Holder of our own memory, which is CuPy's.
-    """
-    in_order: dict[str, bool] = {}
-
-    def reused_in_order(framework: str) -> bool:
-        if framework not in in_order:
-            known = framework in ("torch", "cupy")
-            in_order[framework] = known and current_stream(framework, device_index) == stream
-        return in_order[framework]
-
-    owners = [view.owner for view in views if not reused_in_order(view.framework)]
-    if own is not None and not reused_in_order("cupy"):
-        owners.append(own)
-    if owners and not is_capturing(stream):
-        keep_alive(stream, owners)
 
 
 def is_capturing(stream: int) -> bool:
