@@ -320,14 +320,14 @@ def test_given_stream_waits_for_jax(cupy: Any, jax: Any, jax_gpu: Any, worker: A
     zeros = jax.device_put(np.zeros((8192, 8192), DTYPES[dtype]), jax_gpu)
     compute = jax.jit(slow_ones)
     compute(zeros).block_until_ready()
-    seen = view("q", compute(zeros), worker.ptr)  # the result itself lives in the view alone
+    seen = view("q", compute(zeros), WorkStream(worker.ptr, 0))  # the result itself lives in the view alone
     assert bits_read_on(cupy, worker, seen.pointer) == [ONE[dtype]]
 
 
 @pytest.mark.gpu
 @BOTH
 def test_hand_back_to_jax_on_cuda(cupy: Any, jax: Any, jax_gpu: Any, worker: Any, dtype: str) -> None:
-    like = view("q", jax.device_put(numbers(dtype), jax_gpu), worker.ptr)
+    like = view("q", jax.device_put(numbers(dtype), jax_gpu), WorkStream(worker.ptr, 0))
     made = empty(SHAPE, dtype, like)
     pointer = made.data.ptr
     spin_then_fill(cupy, pointer, ONE[dtype], worker.ptr)
