@@ -50,19 +50,21 @@ stage2(const __grid_constant__ Stage2Params p) {
     SoftmaxState state;
     float o[kLaneDims] = {};
     for (int first = 0; first < count; first += kUnroll) {
-        // All loads of a group are issued before the first use. Past the end the last partial is read again and masked.
+        // All loads of a group are issued before the first use. Past the end there is zero: an infinity read again and
+        // weighted by 0 would be NaN.
         Partial part[kUnroll];
         float score[kUnroll];
         float highest = -kInfinity;
 #pragma unroll
         for (int t = 0; t < kUnroll; ++t) {
-            const i64 row = i64(entries[min(first + t, count - 1)]) * p.qo_heads + head;
-            score[t] = p.mid_lse[row];
-            part[t] = reinterpret_cast<const Partial*>(p.mid_o + row * kHeadDim)[lane];
+            const bool valid = first + t < count;
+            const i64 row = i64(entries[valid ? first + t : first]) * p.qo_heads + head;
+            score[t] = valid ? p.mid_lse[row] : -kInfinity;
+            part[t] = valid ? reinterpret_cast<const Partial*>(p.mid_o + row * kHeadDim)[lane] : Partial{};
         }
 #pragma unroll
         for (int t = 0; t < kUnroll; ++t) {
-            score[t] = first + t < count ? score[t] * kLog2e : -kInfinity;
+            score[t] *= kLog2e;
             highest = fmaxf(highest, score[t]);
         }
         const float factor = state.raise(highest);

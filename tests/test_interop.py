@@ -210,9 +210,9 @@ def jax_gpu(jax: Any) -> Any:
         pytest.skip(f"this JAX sees no GPU ({error})")
 
 
-def spin_then_fill(cupy: Any, pointer: int, bits: int, stream: int) -> None:
+def spin_then_fill(cupy: Any, pointer: int, bits: int, stream: int, times: int = 1) -> None:
     kernel = cupy.RawKernel(SPIN_THEN_FILL, "spin_then_fill")
-    arguments = (np.uint64(pointer), np.int32(COUNT), np.uint16(bits), np.int64(CYCLES))
+    arguments = (np.uint64(pointer), np.int32(COUNT), np.uint16(bits), np.int64(times * CYCLES))
     with use_stream(stream, 0):
         kernel((1,), (1,), arguments)
 

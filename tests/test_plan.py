@@ -313,7 +313,7 @@ def test_a_dropped_plans_memory_is_held_for_the_stream_that_reads_it(cupy: Any) 
     stream.synchronize()
     cupy.cuda.Device().synchronize()
 
-    spin_then_fill(cupy, scratch.data.ptr, 1, stream.ptr)
+    spin_then_fill(cupy, scratch.data.ptr, 1, stream.ptr, times=40)  # longer than a collection of all garbage
     plan.run(q, k, v, out, stream=stream)
     schedule = weakref.ref(plan.schedule)
     del plan

@@ -43,7 +43,6 @@ class BalancedSchedule:
         self.row_groups = made.row_groups
         self.workers = made.workers
         self.num_merges = made.counters
-        self.estimate_us = made.estimate_us
         counters = np.zeros(max(1, made.counters * made.row_groups), np.int32)  # each launch leaves them 0
         mid_shape = (made.partials, made.row_groups * WORKER_GROUP_ROWS, head_dim)
         # Held here: the kernel gets bare pointers.
