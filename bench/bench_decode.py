@@ -79,7 +79,7 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     how.add_argument("--limit-seconds", type=float, help="start no further case after this time")
     how.add_argument("--output", type=Path, metavar="JSON", help="written after every case")
     how.add_argument("--resume", action="store_true", help="keep the complete cases of --output")
-    how.add_argument("--commit", help="recorded where git cannot tell")
+    how.add_argument("--commit", help="recorded instead of what git says")
     args = parser.parse_args(arguments)
     if (args.levels is None) != (args.tokens is None):
         parser.error("--levels and --tokens need each other")

@@ -23,11 +23,11 @@ MATRIX_SIZE = 8192
 
 
 def describe(program: str, arguments: Sequence[str], commit: str | None = None) -> dict[str, Any]:
-    """Versions, commit and command; `commit` is what to record where git cannot tell."""
+    """Versions, commit and command; `commit` is what to record instead of what git says of the working tree."""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "command": shlex.join(["python", "-m", program, *arguments]),
-        "commit": _commit() or commit,
+        "commit": commit or _commit(),
         "versions": {"python": platform.python_version()} | {n: v for n in PACKAGES if (v := _version(n))},
         "processor": _processor(),
     }
