@@ -4,10 +4,11 @@
 
     python -m bench.bench_preparation --output bench/results/preparation.json
 
-Two kinds of trees: ``random``, each node under any earlier one, and ``levels``, four children a node. Three ways to
-plan them: from arrays (`KVTree` is built and checked, then planned), from `KVTreeNode` objects, and by the tests'
-oracle, a plain-Python planner, as far as it gets. Uploading the plan to a GPU is not part of it. First comes ``paper``,
-the largest tree of FastTree's paper, through the whole of `fasttree_preparation`.
+Two kinds of trees: ``random``, each node under any earlier one, and ``levels``, four children a node. Four ways to
+plan them: by the documented heuristic from arrays (`KVTree` is built and checked, then planned) and from `KVTreeNode`
+objects, by the tests' oracle of it, in plain Python, as far as that gets, and by the planner of `plan_decode` for an
+H200 from a `KVTree`. Uploading the plan to a GPU is not part of it. First comes ``paper``, the largest tree of
+FastTree's paper, through the whole of `fasttree_preparation`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ import numpy as np
 from bench import machine, records
 from bench.names import megabytes
 from fasttree_cupy import FastTreeParams, KVTree, fasttree_preparation, preset
+from fasttree_cupy.planning import balanced
 from fasttree_cupy.planning.greedy import plan
+from fasttree_cupy.planning.machine import H200_MULTIPROCESSORS, H200_WORKERS
 from fasttree_cupy.tree import as_tree
 
 __all__ = ["main"]
@@ -47,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     document: dict[str, Any] = {"machine": machine.describe("bench.bench_preparation", arguments), "cases": []}
     started = time.monotonic()
     print(
-        f"{'tree':<8}{'nodes':>10}{'requests':>10}{'vnodes':>10}{'arrays':>12}{'nodes':>12}{'oracle':>12}{'peak':>11}"
+        f"{'tree':<8}{'nodes':>10}{'requests':>10}{'vnodes':>10}{'arrays':>12}{'nodes':>12}{'oracle':>12}"
+        f"{'plan_decode':>12}{'peak':>11}"
     )
     for row in measured(args.most_nodes):
         document["cases"].append(row)
@@ -73,6 +77,7 @@ def measured(most_nodes: int) -> Iterator[dict[str, Any]]:
     """One row a tree, the smallest first."""
     oracles = {kind: plain_python_planner() for kind in TREES}
     make_plan(TREES["levels"](10))  # compiles
+    make_balanced_plan(TREES["levels"](10))
     yield whole_preparation(PAPER_TREE)
     for size in sizes(most_nodes):
         for kind, make_tree in TREES.items():
@@ -131,6 +136,12 @@ def make_plan(tree: KVTree) -> Any:
     return plan(tree, **settings())
 
 
+def make_balanced_plan(tree: KVTree) -> Any:
+    """The plan that `plan_decode` makes of a tree for an H200."""
+    group = NUM_QO_HEADS // NUM_KV_HEADS
+    return balanced.plan(tree, group, NUM_KV_HEADS, HEAD_DIM, H200_MULTIPROCESSORS, H200_WORKERS)
+
+
 def plain_python_planner() -> Callable[[KVTree], Any] | None:
     """The tests' oracle; None where the tests or pytest are not there."""
     try:
@@ -160,6 +171,7 @@ def measure(kind: str, tree: KVTree) -> dict[str, Any]:
         "peak_bytes": peak_bytes,
         "arrays_ms": median_ms(from_arrays),
         "nodes_ms": median_ms(lambda: make_plan(as_tree(nodes))),
+        "plan_decode_ms": median_ms(lambda: make_balanced_plan(tree)),
     }
 
 
@@ -213,7 +225,7 @@ def _status_bytes(field: str) -> int:
 
 def line(row: dict[str, Any]) -> str:
     """A row of the printed table."""
-    times = [row.get(f"{name}_ms", math.nan) for name in ("arrays", "nodes", "oracle")]
+    times = [row.get(f"{name}_ms", math.nan) for name in ("arrays", "nodes", "oracle", "plan_decode")]
     columns = "".join(f"{'-' if math.isnan(ms) else f'{ms:.2f} ms':>12}" for ms in times)
     peak = megabytes(row["peak_bytes"])
     return f"{row['kind']:<8}{row['nodes']:>10}{row['requests']:>10}{row['vnodes']:>10}{columns}{peak:>11}"

@@ -83,6 +83,7 @@ def test_planning_rows(planning_file: Path, capsys: pytest.CaptureFixture[str]) 
     for r in rows:
         assert r["oracle_ms"] > r["arrays_ms"] > 0
         assert r["vnodes"] > 0
+        assert r["plan_decode_ms"] > 0
     capsys.readouterr()
     assert report.main([str(planning_file)]) == 0
     assert "| random | 100 |" in capsys.readouterr().out
