@@ -129,7 +129,7 @@ def planning_figure(document: dict[str, Any]) -> Figure:
                     axis.annotate(label, points[-1], (6, rise), textcoords="offset points", color=color)
         axis.set_xscale("log")
         axis.set_yscale("log")
-        axis.set_xlim(right=axis.get_xlim()[1] * 6)  # room for the labels
+        axis.set_xlim(right=axis.get_xlim()[1] * 9)  # room for the labels
         axis.set_ylim(top=axis.get_ylim()[1] * 2)
         axis.xaxis.set_major_locator(FixedLocator([10**k for k in range(1, len(str(largest["nodes"])))]))
         axis.xaxis.set_minor_locator(NullLocator())
