@@ -29,13 +29,14 @@ from bench.names import megabytes
 from fasttree_cupy import FastTreeParams, KVTree, fasttree_preparation, preset
 from fasttree_cupy.planning import balanced
 from fasttree_cupy.planning.greedy import plan
-from fasttree_cupy.planning.machine import H200_MULTIPROCESSORS, H200_WORKERS
+from fasttree_cupy.planning.machine import H200_WORKERS
 from fasttree_cupy.tree import as_tree
 
 __all__ = ["main"]
 
 NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
 GPU_PRESET = "H100"
+H200_MULTIPROCESSORS = 132
 CHILDREN = 4
 MOST_TOKENS = 64
 ORACLE_SECONDS = 2.0

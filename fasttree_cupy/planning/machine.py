@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["H200", "H200_MULTIPROCESSORS", "H200_WORKERS", "Machine", "WorkerMachine", "machine_of"]
+__all__ = ["H200", "H200_WORKERS", "Machine", "WorkerMachine", "machine_of"]
 
 
 class Machine(NamedTuple):
@@ -42,9 +42,7 @@ class Machine(NamedTuple):
     merge: float
 
 
-H200_MULTIPROCESSORS = 132
-
-H200 = Machine(H200_MULTIPROCESSORS, 5.4e6, 7.6e6, 0.091, 0.10, 0.60, 0.93, 9.8, 4.3)
+H200 = Machine(132, 5.4e6, 7.6e6, 0.091, 0.10, 0.60, 0.93, 9.8, 4.3)
 """Fitted to the times of every tile shape over FastTree's 45 cases on an H200, so that the cheapest estimate is the
 fastest shape (bench/NOTES.md): effective rates, which make up for what the model leaves out."""
 
