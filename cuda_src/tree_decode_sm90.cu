@@ -9,18 +9,22 @@
 #include "warpgroup_rows.cuh"
 #include "work.cuh"
 
-#if !defined(FT_ROW_GROUPS) || !defined(FT_STAGES)
-#error "FT_ROW_GROUPS and FT_STAGES are given by kernels.py"
+#if !defined(FT_ROW_GROUPS) || !defined(FT_KEY_STAGES) || !defined(FT_VALUE_STAGES)
+#error "FT_ROW_GROUPS, FT_KEY_STAGES and FT_VALUE_STAGES are given by kernels.py"
 #endif
 
 constexpr int kRowGroups = FT_ROW_GROUPS;      // warpgroups that split an item's rows
 constexpr int kTokenGroups = 2 / kRowGroups;   // warpgroups that take turns at its tiles
 constexpr int kRows = kRowGroups * kGroupRows;
-constexpr int kStages = FT_STAGES;
+constexpr int kKeyStages = FT_KEY_STAGES;
+constexpr int kValueStages = FT_VALUE_STAGES;
 constexpr int kConsumerWarps = 8;
 constexpr int kProducerWarps = 4;
 constexpr int kThreads = (kConsumerWarps + kProducerWarps) * kWarpSize;
 constexpr int kGroupThreads = 128;
+constexpr int kProducerRegisters = 88;
+constexpr int kConsumerRegisters = 208;
+static_assert(kGroupThreads * (kProducerRegisters + 2 * kConsumerRegisters) <= 65536, "registers of a multiprocessor");
 constexpr int kWarpTokens = kTileTokens / kProducerWarps;
 constexpr int kWarpRows = kRows / kProducerWarps;
 constexpr int kChunks = kHeadDim / 8;          // of 8 elements, 16 bytes
@@ -28,19 +32,19 @@ constexpr int kTileBytes = kTileTokens * kHeadDim * 2;
 constexpr int kQueryBytes = kRows * kHeadDim * 2;
 
 static_assert(kRowGroups == 1 || kRowGroups == 2, "two warpgroups split rows or tokens");
-static_assert(kStages > 2 * kTokenGroups, "each warpgroup holds the values of a tile while it waits for the next one");
+static_assert(kValueStages > kTokenGroups, "each warpgroup holds the values of a tile while it waits for the next one");
 static_assert(kWarpTokens <= kWarpSize && kWarpRows <= kWarpSize, "a lane holds one row's place");
 
 struct Shared {
-    alignas(1024) unsigned char k[kStages][kTileBytes];
-    alignas(1024) unsigned char v[kStages][kTileBytes];
+    alignas(1024) unsigned char k[kKeyStages][kTileBytes];
+    alignas(1024) unsigned char v[kValueStages][kTileBytes];
     alignas(1024) unsigned char q[2][kQueryBytes];
     float exchange[kTokenGroups == 2 ? kOutputs * kGroupThreads : 1];  // accumulators of the second token group
     SoftmaxState exchange_state[kTokenGroups == 2 ? kGroupRows : 1];
     // Twice as many: a tile's keys are done with before its view is.
-    TileView view[2 * kStages];
-    u16 visible[2 * kStages][kTileTokens];
-    Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages], q_empty[2];
+    TileView view[2 * kKeyStages];
+    u16 visible[2 * kKeyStages][kTileTokens];
+    Barrier k_full[kKeyStages], k_empty[kKeyStages], v_full[kValueStages], v_empty[kValueStages], q_empty[2];
     int last[2];  // whether a warpgroup's piece was the last of its rows
 };
 static_assert(sizeof(Shared) == FT_SHARED_BYTES, "host and device agree on shared memory");
@@ -49,10 +53,12 @@ struct alignas(8) Packed4 {
     u32 value[2];
 };
 
-// A place in the rings of keys and values, and the parity of its barriers' phase.
+// A place in a ring of keys or values, and the parity of its barriers' phase.
+template <int kStages>
 struct Ring {
     int stage = 0;
     int parity = 0;
+    // The place of the tile's view, of which there are twice as many.
     __device__ __forceinline__ int view() const { return stage + parity * kStages; }
     __device__ __forceinline__ void advance(int by) {
         stage += by;
@@ -110,7 +116,8 @@ struct Producer {
     const WorkParams& p;
     Shared& s;
     int warp, lane;
-    Ring fill;  // the next tile
+    Ring<kKeyStages> keys;  // of the next tile
+    Ring<kValueStages> values;
     Place place;
     i64 k, v;  // addresses of this lane's chunk of row 0, for the item's KV head
     int k_stride, v_stride;  // bytes
@@ -137,17 +144,18 @@ struct Producer {
 #pragma unroll 1
         for (int done = 0; done < item.tokens; done += kTileTokens) {
             const int tokens = min(item.tokens - done, kTileTokens);
-            barrier_wait(s.k_empty[fill.stage], fill.parity ^ 1);
+            barrier_wait(s.k_empty[keys.stage], keys.parity ^ 1);
             const Share share = lay_out_tile(item, segments, tokens);
-            copy_share(share, s.k[fill.stage], k, k_stride);
+            copy_share(share, s.k[keys.stage], k, k_stride);
             if (done == 0) load_queries(query, slot);
             __syncwarp();  // the tile's view is written
-            arrive_after_copies(shared_address(&s.k_full[fill.stage]));
-            if (lane == 0) barrier_arrive(s.k_full[fill.stage]);
-            barrier_wait(s.v_empty[fill.stage], fill.parity ^ 1);
-            copy_share(share, s.v[fill.stage], v, v_stride);
-            arrive_after_copies(shared_address(&s.v_full[fill.stage]));
-            fill.advance(1);
+            arrive_after_copies(shared_address(&s.k_full[keys.stage]));
+            if (lane == 0) barrier_arrive(s.k_full[keys.stage]);
+            barrier_wait(s.v_empty[values.stage], values.parity ^ 1);
+            copy_share(share, s.v[values.stage], v, v_stride);
+            arrive_after_copies(shared_address(&s.v_full[values.stage]));
+            keys.advance(1);
+            values.advance(1);
         }
     }
 
@@ -200,8 +208,8 @@ struct Producer {
             filled += taken;
             segments.take(taken);
         }
-        if (lane < kWarpTokens) s.visible[fill.view()][own] = u16(visible);
-        if (warp == 0 && lane == 0) s.view[fill.view()] = view;
+        if (lane < kWarpTokens) s.visible[keys.view()][own] = u16(visible);
+        if (warp == 0 && lane == 0) s.view[keys.view()] = view;
         return share;
     }
 
@@ -244,13 +252,15 @@ struct Consumer {
     int group;         // warpgroup
     int row_group;
     WarpgroupRows rows;
-    Ring ring;         // the place of this warpgroup's current tile
+    Ring<kKeyStages> keys;  // the place of this warpgroup's current tile
+    Ring<kValueStages> values;
     int tile;          // its number among all that the worker has
 
     __device__ __forceinline__ Consumer(const WorkParams& p, Shared& s)
         : p(p), s(s), group(threadIdx.x / kGroupThreads), row_group(kRowGroups == 2 ? group : 0),
           rows(row_group * kGroupRows), tile(kTokenGroups == 2 ? group : 0) {
-        ring.advance(tile);
+        keys.advance(tile);
+        values.advance(tile);
     }
 
     __device__ __forceinline__ void run() {
@@ -299,18 +309,18 @@ struct Consumer {
         WarpgroupRows::Scores scores;
         start_scores(scores, queries);
         products_wait<0>(scores);
-        arrive(s.k_empty[ring.stage]);
+        arrive(s.k_empty[keys.stage]);
         weigh(scores, [] {});
-        Ring behind = ring;  // the tile whose values are still to be added
+        Ring<kValueStages> behind = values;  // the tile whose values are still to be added
         advance();
 #pragma unroll 1
         while (tile < end) {
             start_scores(scores, queries);
             start_values(behind);
             products_wait<1>(scores);
-            arrive(s.k_empty[ring.stage]);
+            arrive(s.k_empty[keys.stage]);
             weigh(scores, [&] { arrive(s.v_empty[behind.stage]); });
-            behind = ring;
+            behind = values;
             advance();
         }
         start_values(behind);
@@ -318,23 +328,24 @@ struct Consumer {
         arrive(s.v_empty[behind.stage]);
     }
     __device__ __forceinline__ void start_scores(WarpgroupRows::Scores& scores, u32 queries) {
-        barrier_wait(s.k_full[ring.stage], ring.parity);
+        barrier_wait(s.k_full[keys.stage], keys.parity);
         fence_shared_async();
-        WarpgroupRows::start_scores(scores, queries, kRows * kPanelRowBytes, shared_address(s.k[ring.stage]));
+        WarpgroupRows::start_scores(scores, queries, kRows * kPanelRowBytes, shared_address(s.k[keys.stage]));
     }
-    __device__ __forceinline__ void start_values(const Ring& place) {
+    __device__ __forceinline__ void start_values(const Ring<kValueStages>& place) {
         barrier_wait(s.v_full[place.stage], place.parity);
         fence_shared_async();
         rows.start_values(shared_address(s.v[place.stage]));
     }
     template <typename AfterValues>
     __device__ __forceinline__ void weigh(WarpgroupRows::Scores& scores, const AfterValues& after_values) {
-        rows.weigh(scores, s.view[ring.view()], shared_address(s.visible[ring.view()]),
+        rows.weigh(scores, s.view[keys.view()], shared_address(s.visible[keys.view()]),
                    ScoreScale{p.sm_scale, p.logit_cap}, after_values);
     }
     __device__ __forceinline__ void advance() {
         tile += kTokenGroups;
-        ring.advance(kTokenGroups);
+        keys.advance(kTokenGroups);
+        values.advance(kTokenGroups);
     }
 
     // The second token group leaves its state in shared memory, in the order of the accumulators ...
@@ -425,28 +436,50 @@ struct Consumer {
         return s.last[group];
     }
 
-    // Adds the pieces up, in their order: the result does not depend on who does it.
+    // Half of a thread's accumulators of a piece, and the LSE of its two rows.
+    struct Partial {
+        float o[kOutputs / 2];
+        float lse[2];
+    };
+    __device__ __forceinline__ Partial fetch(const WorkItem& item, int piece, int half) const {
+        const i64 from = partial(item, piece);
+        const float* o = p.mid_o + (from * kOutputs + half * (kOutputs / 2)) * kGroupThreads + threadIdx.x % kGroupThreads;
+        Partial fetched;
+#pragma unroll
+        for (int i = 0; i < kOutputs / 2; ++i) fetched.o[i] = __ldcg(o + i * kGroupThreads);
+#pragma unroll
+        for (int row = 0; row < 2; ++row) fetched.lse[row] = __ldcg(partial_lse(from, row));
+        return fetched;
+    }
+
+    // Adds the pieces up, in their order: the result does not depend on who does it. The next piece is fetched while one
+    // is added, half of it at a time for want of registers.
     __device__ __forceinline__ void merge(const WorkItem& item) {
         rows.reset();
         if (!has_rows(item)) return;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            rows.state[0] = rows.state[1] = SoftmaxState{};
+            Partial ahead = fetch(item, 0, half);
 #pragma unroll 1
-        for (int piece = 0; piece < item.pieces; ++piece) {
-            const i64 from = partial(item, piece);
-            const float* o = p.mid_o + from * kOutputs * kGroupThreads + threadIdx.x % kGroupThreads;
-            float weight[2], factor[2];
+            for (int piece = 0; piece < item.pieces; ++piece) {
+                const Partial current = ahead;
+                if (piece + 1 < item.pieces) ahead = fetch(item, piece + 1, half);
+                float weight[2], factor[2];
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const float lse = __ldcg(partial_lse(from, half));
-                SoftmaxState& state = rows.state[half];
-                const float m = fmaxf(state.m, lse);
-                factor[half] = exp2_approx(state.m - SoftmaxState::finite_base(m));
-                weight[half] = exp2_approx(lse - SoftmaxState::finite_base(m));
-                state.l = state.l * factor[half] + weight[half];
-                state.m = m;
-            }
+                for (int row = 0; row < 2; ++row) {
+                    SoftmaxState& state = rows.state[row];
+                    const float m = fmaxf(state.m, current.lse[row]);
+                    factor[row] = exp2_approx(state.m - SoftmaxState::finite_base(m));
+                    weight[row] = exp2_approx(current.lse[row] - SoftmaxState::finite_base(m));
+                    state.l = state.l * factor[row] + weight[row];
+                    state.m = m;
+                }
 #pragma unroll
-            for (int i = 0; i < kOutputs; ++i) {
-                rows.o[i] = rows.o[i] * factor[i / 2 % 2] + __ldcg(o + i * kGroupThreads) * weight[i / 2 % 2];
+                for (int i = 0; i < kOutputs / 2; ++i) {
+                    float& o = rows.o[half * (kOutputs / 2) + i];
+                    o = o * factor[i / 2 % 2] + current.o[i] * weight[i / 2 % 2];
+                }
             }
         }
     }
@@ -491,19 +524,20 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) tree_decode_sm90(const
     extern __shared__ __align__(1024) unsigned char memory[];
     Shared& s = *reinterpret_cast<Shared*>(memory);
     if (threadIdx.x == 0) {
-        for (int i = 0; i < kStages; ++i) {
-            // A thread arrives when its copies are there; for what warps store beside the keys, they arrive once more.
-            barrier_init(s.k_full[i], kProducerWarps * (kWarpSize + 1));
-            barrier_init(s.v_full[i], kProducerWarps * kWarpSize);
-            barrier_init(s.k_empty[i], kRowGroups * kConsumerWarps / 2);
-            barrier_init(s.v_empty[i], kRowGroups * kConsumerWarps / 2);
-        }
+        // A thread arrives when its copies are there; for what warps store beside the keys, they arrive once more.
+        for (Barrier& barrier : s.k_full) barrier_init(barrier, kProducerWarps * (kWarpSize + 1));
+        for (Barrier& barrier : s.v_full) barrier_init(barrier, kProducerWarps * kWarpSize);
+        for (Barrier& barrier : s.k_empty) barrier_init(barrier, kConsumerWarps / kTokenGroups);
+        for (Barrier& barrier : s.v_empty) barrier_init(barrier, kConsumerWarps / kTokenGroups);
         for (Barrier& barrier : s.q_empty) barrier_init(barrier, kConsumerWarps);
     }
     __syncthreads();
+    // Tiles of 128 tokens take more registers than an equal share: the producers leave theirs.
     if (threadIdx.x < kConsumerWarps * kWarpSize) {
+        if (kTileTokens > 64) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
         Consumer(p, s).run();
     } else {
+        if (kTileTokens > 64) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
         Producer(p, s).run();
     }
 }

@@ -107,7 +107,7 @@ def test_workers_get_equal_shares(levels: list[int], tokens: list[int]) -> None:
         loads.append(0)
         index = worker
         while index >= 0:
-            loads[-1] += -(-int(made.items[index, 3]) // WORKER_TILE_TOKENS) + 2
+            loads[-1] += -(-int(made.items[index, 3]) // WORKER_TILE_TOKENS[made.row_groups]) + 2
             index = int(made.items[index, 4])
     assert made.workers >= 120
     assert max(loads) <= 1.1 * np.mean(loads) + 4

@@ -68,7 +68,6 @@ def test_planner_and_worker_kernel_agree_on_tiles() -> None:
     assert max(kernels.WORKER_ROW_GROUPS) == balanced.MOST_ROW_GROUPS
     header = (kernels.cuda_src() / "include" / "warpgroup_rows.cuh").read_text()
     assert f"constexpr int kGroupRows = {kernels.WORKER_GROUP_ROWS};" in header
-    assert f"constexpr int kTileTokens = {kernels.WORKER_TILE_TOKENS};" in header
 
 
 def test_the_worker_kernel_fits_a_multiprocessor() -> None:

@@ -1,15 +1,20 @@
-// What a warpgroup does with a tile: 64 query rows against 64 tokens, with an online softmax.
+// What a warpgroup does with a tile: 64 query rows against 64 or 128 tokens, with an online softmax.
 #pragma once
 #include "config.cuh"
 #include "softmax.cuh"
 #include "wgmma.cuh"
 
-constexpr int kTileTokens = 64;
+#if !defined(FT_TILE_TOKENS)
+#error "FT_TILE_TOKENS (64 or 128) is given by kernels.py"
+#endif
+
+constexpr int kTileTokens = FT_TILE_TOKENS;
 constexpr int kGroupRows = 64;                  // query rows of a warpgroup
 constexpr int kPanels = kHeadDim / kPanelElements;
 constexpr int kOutputs = kHeadDim / 2;          // accumulators of a thread: 64 rows x head_dim over 128 threads
 constexpr int kPanelBytes = kTileTokens * kPanelRowBytes;
 static_assert(kHeadDim == 64 || kHeadDim == 128, "whole panels, and accumulators that fit the registers");
+static_assert(kTileTokens == 64 || kTileTokens == 128, "the shapes of products that wgmma.cuh has");
 
 // Which rows see a tile's tokens, as ranges of rows of the block.
 struct alignas(16) TileView {

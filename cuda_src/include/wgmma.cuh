@@ -98,6 +98,13 @@ struct Wgmma;
                          : FT_IO32(d, 0) \
                          : "l"(a), "l"(b), "r"(accumulate)); \
         } \
+        static __device__ __forceinline__ void multiply(float (&d)[64], u64 a, u64 b, int accumulate) { \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n" \
+                         "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " " FT_D64 \
+                         ", %64, %65, p, 1, 1, 0, 0;\n}" \
+                         : FT_IO64(d) \
+                         : "l"(a), "l"(b), "r"(accumulate)); \
+        } \
         static __device__ __forceinline__ void multiply_values(float (&d)[32], const u32* a, u64 b) { \
             asm volatile("{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n" \
                          "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " " FT_D32 \

@@ -37,11 +37,14 @@ TREE_DECODE_STAGES = 2
 
 WORKER_COMPUTE_CAPABILITY = 90
 """Compute capability times ten of the GPUs that have ``tree_decode_sm90``'s warpgroup products: these and no others."""
-WORKER_STAGES = {64: 8, 128: 5}
-"""Head dim -> tiles in the ring of ``tree_decode_sm90``: what the shared memory of a multiprocessor holds."""
+WORKER_STAGES = {(64, 1): (8, 8), (128, 1): (5, 5), (64, 2): (5, 4), (128, 2): (3, 2)}
+"""Head dim, row groups -> tiles in the rings of keys and values of ``tree_decode_sm90``: what the shared memory of a
+multiprocessor holds."""
+WORKER_HEAD_DIMS = (64, 128)
 WORKER_ROW_GROUPS = (1, 2)
 WORKER_GROUP_ROWS = 64
-WORKER_TILE_TOKENS = 64
+WORKER_TILE_TOKENS = {1: 64, 2: 128}
+"""Row groups -> tokens of a tile: with two, longer chains of products and softmax take turns."""
 
 
 def block_warps(head_dim: int) -> tuple[int, int]:
@@ -97,7 +100,7 @@ class KernelConfig:
     tile : MmaTile or None
         Tile shape; only ``stage1_mma`` has one.
     block_warps, stages : int
-        Warps of a block of ``tree_decode``, and tiles in the ring of each; ``tree_decode_sm90`` has one ring a block.
+        Warps of a block of ``tree_decode``, and tiles in the ring of each; ``tree_decode_sm90`` has `WORKER_STAGES`.
         The other kernels leave them 0.
     soft_cap : bool
         Whether scores are capped. A kernel that asks this of every score at run time spends more on the question than
@@ -130,7 +133,7 @@ class KernelConfig:
         if self.name == "tree_decode":
             return self.block_warps * self.stages * 2 * 16 * self.head_dim * 2
         if self.name == "tree_decode_sm90":
-            return worker_shared_bytes(self.head_dim, self.stages, self.row_groups)
+            return worker_shared_bytes(self.head_dim, self.row_groups)
         if self.tile is None:
             return 0
         return self.tile.stages * 2 * self.tile.kv_tile * self.head_dim * 2
@@ -152,7 +155,9 @@ class KernelConfig:
         if self.name == "tree_decode":
             options |= {"FT_BLOCK_WARPS": self.block_warps, "FT_STAGES": self.stages}
         if self.name == "tree_decode_sm90":
-            options |= {"FT_ROW_GROUPS": self.row_groups, "FT_STAGES": self.stages}
+            keys, values = WORKER_STAGES[self.head_dim, self.row_groups]
+            options |= {"FT_ROW_GROUPS": self.row_groups, "FT_TILE_TOKENS": WORKER_TILE_TOKENS[self.row_groups]}
+            options |= {"FT_KEY_STAGES": keys, "FT_VALUE_STAGES": values}
         if self.shared_bytes:
             options["FT_SHARED_BYTES"] = self.shared_bytes
         return options
@@ -203,29 +208,30 @@ def tree_decode_config(dtype: str, head_dim: int, warps: int, soft_cap: bool) ->
     return KernelConfig("tree_decode", dtype, head_dim, None, warps, TREE_DECODE_STAGES, soft_cap)
 
 
-def worker_shared_bytes(head_dim: int, stages: int, row_groups: int) -> int:
+def worker_shared_bytes(head_dim: int, row_groups: int) -> int:
     """Size of struct Shared in ``tree_decode_sm90.cu``, which asserts the same number."""
-    rings = stages * 2 * WORKER_TILE_TOKENS * head_dim * 2
+    keys, values = WORKER_STAGES[head_dim, row_groups]
+    tokens = WORKER_TILE_TOKENS[row_groups]
+    rings = (keys + values) * tokens * head_dim * 2
     queries = 2 * row_groups * WORKER_GROUP_ROWS * head_dim * 2
     # The second token group's accumulators and softmax states; with two row groups there is none.
     exchange = WORKER_GROUP_ROWS * (head_dim * 4 + 8) if row_groups == 1 else 4 + 8
-    views = 2 * stages * (16 + 2 * WORKER_TILE_TOKENS)
-    barriers = (4 * stages + 2) * 8 + 2 * 4
+    views = 2 * keys * (16 + 2 * tokens)
+    barriers = (2 * (keys + values) + 2) * 8 + 2 * 4
     return -(-(-(-(rings + queries + exchange) // 16) * 16 + views + barriers) // 1024) * 1024
 
 
 def worker_config(dtype: str, head_dim: int, row_groups: int, soft_cap: bool) -> KernelConfig:
     """Configuration of ``tree_decode_sm90`` with this many row groups."""
-    stages = WORKER_STAGES[head_dim]
-    return KernelConfig("tree_decode_sm90", dtype, head_dim, None, 12, stages, soft_cap, row_groups)
+    return KernelConfig("tree_decode_sm90", dtype, head_dim, None, 12, 0, soft_cap, row_groups)
 
 
 def worker_problem(compute_capability: int, group: int, head_dim: int) -> str | None:
     """Say why ``tree_decode_sm90`` cannot serve a GPU and head layout; None where it can."""
     if compute_capability != WORKER_COMPUTE_CAPABILITY:
         return f"compute capability {compute_capability / 10} has other warpgroup products than 9.0, or none"
-    if head_dim not in WORKER_STAGES:
-        return f"head_dim is {head_dim}, not one of {tuple(WORKER_STAGES)}"
+    if head_dim not in WORKER_HEAD_DIMS:
+        return f"head_dim is {head_dim}, not one of {WORKER_HEAD_DIMS}"
     if group > max(WORKER_ROW_GROUPS) * WORKER_GROUP_ROWS:
         return f"{group} query heads a KV head are more than a tile's rows"
     return None

@@ -3,8 +3,8 @@
 Requests are numbered in depth-first order, so that each node's requests are one range. Consecutive requests form a
 *tile* of up to 64 or 128 query rows of one KV head; a tile attends in one pass to every node that one of its requests
 goes through, each with the range of rows that may see it. The tiles of all KV heads are the work, measured in *steps*
-of 64 tokens. It is dealt out in equal stretches: a tile is cut only where one worker's stretch ends and the next begins
-(stream-K, Osama et al. 2023, https://arxiv.org/abs/2301.03598), or where there are fewer tiles than workers.
+of 64 or 128 tokens. It is dealt out in equal stretches: a tile is cut only where one worker's stretch ends and the next
+begins (stream-K, Osama et al. 2023, https://arxiv.org/abs/2301.03598), or where there are fewer tiles than workers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from numba import njit
 
 from fasttree_cupy.planning.machine import WorkerMachine
-from fasttree_cupy.planning.subtree import depth_first
+from fasttree_cupy.planning.subtree import Layout, depth_first
 from fasttree_cupy.tree import KVTree
 
 __all__ = ["GROUP_ROWS", "ITEM_FIELDS", "MOST_ROW_GROUPS", "STEP_TOKENS", "BalancedPlan", "plan"]
@@ -26,8 +26,8 @@ Int64Array = npt.NDArray[np.int64]
 
 GROUP_ROWS = 64
 """Query rows of a warpgroup, as in cuda_src/include/warpgroup_rows.cuh."""
-STEP_TOKENS = 64
-"""Tokens of a tile in shared memory, as there."""
+STEP_TOKENS = {1: 64, 2: 128}
+"""Row groups -> tokens of a tile in shared memory, as in kernels.py."""
 MOST_ROW_GROUPS = 2
 """Warpgroups among which a tile's rows may be split."""
 
@@ -109,18 +109,20 @@ def plan(
             f"tree_info holds {tree.unique_tokens} tokens, but int32 row numbers reach {_INT32_MAX} at most"
         )
     request_order, begins, ends = depth_first(tree)
-    layout = _Layout(tree.breadth_first, tree.seqlen, tree.kv_ptrs, begins, ends)
+    layout = Layout(tree.breadth_first, tree.seqlen, tree.kv_ptrs, begins, ends)
     size = 2.0 * head_dim * num_kv_heads * (2.0 * tree.unique_tokens + 2.0 * tree.batch_size * group)
     candidates = []
     for row_groups in range(-(-group // GROUP_ROWS), MOST_ROW_GROUPS + 1):
         requests = row_groups * GROUP_ROWS // group
         tokens = _tile_tokens(layout, tree.batch_size, requests)
         step_us = (machine.step if row_groups == 1 else machine.double_step) * head_dim / 128
-        estimate, pieces = _deal(-(-tokens // STEP_TOKENS), num_kv_heads, multiprocessors, step_us, size, machine)
+        steps = -(-tokens // STEP_TOKENS[row_groups])
+        estimate, pieces = _deal(steps, num_kv_heads, multiprocessors, step_us, size, machine)
         candidates.append((estimate, row_groups, requests, tokens, pieces))
     estimate, row_groups, requests, tokens, pieces = min(candidates, key=lambda candidate: candidate[0])
     bounds, segments = _segments(layout, tree.batch_size, group, requests)
-    items, partials, counters = _items(pieces, bounds, segments, tokens, tree.batch_size, requests)
+    step_tokens = STEP_TOKENS[row_groups]
+    items, partials, counters = _items(pieces, bounds, segments, tokens, tree.batch_size, requests, step_tokens)
     workers = int(pieces[-1, 3]) + 1
     return BalancedPlan(items, segments, request_order, row_groups, workers, partials, counters, estimate)
 
@@ -150,18 +152,8 @@ def _deal(
 # Compiled passes.
 
 
-class _Layout(NamedTuple):
-    """The tree's arrays of these names, and each node's requests as positions ``[begins, ends)``: (N,) each."""
-
-    breadth_first: Int32Array
-    seqlen: Int64Array
-    kv_ptrs: Int64Array
-    begins: Int64Array
-    ends: Int64Array
-
-
 @njit(cache=True)
-def _tile_tokens(layout: _Layout, batch: int, requests: int) -> Int64Array:
+def _tile_tokens(layout: Layout, batch: int, requests: int) -> Int64Array:
     """Tokens that each tile attends to."""
     tokens = np.zeros(-(-batch // requests), np.int64)
     for node in layout.breadth_first:
@@ -172,7 +164,7 @@ def _tile_tokens(layout: _Layout, batch: int, requests: int) -> Int64Array:
 
 
 @njit(cache=True)
-def _segments(layout: _Layout, batch: int, group: int, requests: int) -> tuple[Int64Array, Int32Array]:
+def _segments(layout: Layout, batch: int, group: int, requests: int) -> tuple[Int64Array, Int32Array]:
     """Segments of each tile, ``segments[bounds[i] : bounds[i + 1]]``, ancestors first."""
     num_tiles = -(-batch // requests)
     bounds = np.zeros(num_tiles + 1, np.int64)
@@ -278,7 +270,13 @@ def _longest(pieces: Int64Array, item_steps: float) -> tuple[float, int]:
 
 @njit(cache=True)
 def _items(
-    pieces: Int64Array, bounds: Int64Array, segments: Int32Array, tokens: Int64Array, batch: int, requests: int
+    pieces: Int64Array,
+    bounds: Int64Array,
+    segments: Int32Array,
+    tokens: Int64Array,
+    batch: int,
+    requests: int,
+    step_tokens: int,
 ) -> tuple[Int32Array, int, int]:
     """Items in the order that workers need, the number of partial outputs and that of merges."""
     num_tiles = len(tokens)
@@ -299,7 +297,7 @@ def _items(
         begin = 0  # of the segment, in the tile's tokens
         for piece in range(count):
             _, first_step, end_step, worker = pieces[i + piece]
-            first = first_step * STEP_TOKENS
+            first = first_step * step_tokens
             index = worker
             if previous[worker] >= 0:
                 index = more
@@ -310,7 +308,7 @@ def _items(
             item[0] = tile * requests
             item[1] = min(requests, batch - tile * requests)
             item[2] = unit // num_tiles
-            item[3] = min(tokens[tile], end_step * STEP_TOKENS) - first
+            item[3] = min(tokens[tile], end_step * step_tokens) - first
             item[4] = -1
             item[6] = piece
             item[7] = count

@@ -62,7 +62,7 @@ class WorkerMachine(NamedTuple):
     start : float
         Microseconds of a launch and of filling the first pipeline.
     step, double_step : float
-        Microseconds of a worker for a step of 64 tokens (head_dim 128) with one row group, and with two.
+        Microseconds of a worker for a step (head_dim 128): 64 tokens with one row group, 128 with two.
     item : float
         Microseconds of a worker for what it does once an item: fetch queries, merge its warpgroups, write.
     merge, merge_piece : float
@@ -78,6 +78,6 @@ class WorkerMachine(NamedTuple):
     merge_piece: float
 
 
-H200_WORKERS = WorkerMachine(3.8e6, 6.1, 0.72, 1.21, 2.4, 0.9, 0.65)
+H200_WORKERS = WorkerMachine(3.8e6, 6.1, 0.72, 1.7, 2.4, 0.9, 0.65)
 """Fitted to 190 measured plans of FastTree's 45 cases on an H200: the times to 6%, and the plan with the cheapest
 estimate is within 0.8% of the fastest one (bench/NOTES.md)."""

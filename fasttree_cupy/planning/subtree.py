@@ -17,7 +17,7 @@ from numba import njit
 from fasttree_cupy.planning.machine import Machine
 from fasttree_cupy.tree import KVTree
 
-__all__ = ["ITEM_FIELDS", "SubtreePlan", "depth_first", "plan"]
+__all__ = ["ITEM_FIELDS", "Layout", "SubtreePlan", "depth_first", "plan"]
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -103,7 +103,7 @@ def plan(tree: KVTree, group: int, num_kv_heads: int, head_dim: int, machine: Ma
             f"tree_info holds {tree.unique_tokens} tokens, but int32 row numbers reach {_INT32_MAX} at most"
         )
     request_order, begins, ends = depth_first(tree)
-    layout = _Layout(tree.breadth_first, tree.seqlen, tree.kv_ptrs, begins, ends)
+    layout = Layout(tree.breadth_first, tree.seqlen, tree.kv_ptrs, begins, ends)
     chosen, longest, estimate = _choose(
         layout, tree.batch_size, tree.unique_tokens, group, num_kv_heads, head_dim,
         np.array(shapes, np.int64), np.array(_LONGEST, np.int64), np.array(machine, np.float64),
@@ -148,7 +148,7 @@ def tile_shapes(group: int, head_dim: int) -> list[TileShape]:
 # Compiled passes.
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """The tree's arrays of these names, and each node's requests as positions ``[begins, ends)``: (N,) each."""
 
     breadth_first: Int32Array
@@ -187,7 +187,7 @@ def _positions(
 
 
 @njit(cache=True)
-def _list_of(layout: _Layout, node: int, tile: int, group: int, row_warps: int, requests: int) -> tuple[int, int, int]:
+def _list_of(layout: Layout, node: int, tile: int, group: int, row_warps: int, requests: int) -> tuple[int, int, int]:
     """Which of a tile's lists a node's tokens go to, and the rows of the tile that see them.
 
     List 0 is for what the row warps share, list 1 + w for what row warp w has to itself.
@@ -201,7 +201,7 @@ def _list_of(layout: _Layout, node: int, tile: int, group: int, row_warps: int, 
 
 
 @njit(cache=True)
-def _measure(layout: _Layout, batch: int, group: int, row_warps: int, requests: int) -> tuple[Int64Array, Int64Array]:
+def _measure(layout: Layout, batch: int, group: int, row_warps: int, requests: int) -> tuple[Int64Array, Int64Array]:
     """Steps that a warp of each tile takes in one token group, and over all: own and shared warp steps, tokens read."""
     num_tiles = -(-batch // requests)
     lists = row_warps + 1
@@ -246,7 +246,7 @@ def _runs(steps: Int64Array, groups: int, batch: int, requests: int) -> Int64Arr
 
 @njit(cache=True)
 def _choose(
-    layout: _Layout,
+    layout: Layout,
     batch: int,
     unique_tokens: int,
     group: int,
@@ -320,7 +320,7 @@ def _cost(
 
 @njit(cache=True)
 def _build(
-    layout: _Layout,
+    layout: Layout,
     request_order: Int32Array,
     group: int,
     longest: int,
@@ -340,7 +340,7 @@ def _build(
 
 
 @njit(cache=True)
-def _tiles(layout: _Layout, batch: int, group: int, row_warps: int, requests: int) -> tuple[Int64Array, Int32Array]:
+def _tiles(layout: Layout, batch: int, group: int, row_warps: int, requests: int) -> tuple[Int64Array, Int32Array]:
     """Segments of each tile: ``segments[bounds[i] : bounds[i + 1]]`` with ``i = tile * (row_warps + 1) + which``."""
     num_tiles = -(-batch // requests)
     lists = row_warps + 1
