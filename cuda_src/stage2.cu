@@ -28,13 +28,14 @@ struct Stage2Params {
     const int* req_to_vnode_lens;     // [merges]
     const int* requests;              // [merges]: whose outputs these are; null: request i is merge i
     u16* o;                           // [batch, qo_heads, head_dim], last axis contiguous
+    float* lse;                       // [batch, qo_heads], contiguous: natural log; null: not wanted
     i64 o_stride_request, o_stride_head;
     int merges;
     int qo_heads;
     int o_aligned;                    // rows of o start at multiples of 16 bytes
     int padding;
 };
-static_assert(sizeof(Stage2Params) == 88, "as STAGE2_PARAMS in cuda.py");
+static_assert(sizeof(Stage2Params) == 96, "as STAGE2_PARAMS in cuda.py");
 
 extern "C" __global__ void __launch_bounds__(kWarps * kWarpSize)
 stage2(const __grid_constant__ Stage2Params p) {
@@ -79,6 +80,7 @@ stage2(const __grid_constant__ Stage2Params p) {
         }
     }
 
+    if (p.lse != nullptr && lane == 0) p.lse[i64(request) * p.qo_heads + head] = state.natural_lse();
     u16* out = p.o + request * p.o_stride_request + head * p.o_stride_head + lane * kLaneDims;
     Output result;
 #pragma unroll

@@ -278,13 +278,15 @@ tree_decode(const __grid_constant__ TreeDecodeParams p) {
     stage_outputs(rows, outputs, role);
     __syncthreads();
     write_outputs(outputs, p, item, kv_head, role);
-    if (item.partial >= 0 && role.group == 0 && role.lane % 4 == 0) {
+    float* const to = item.partial >= 0 ? p.mid_lse : p.lse;
+    if (to != nullptr && role.group == 0 && role.lane % 4 == 0) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = role.row_warp * 16 + role.lane / 4 + half * 8;
             if (row < num_rows) {
-                const i64 partial = i64(item.partial + row / p.group) * (p.kv_heads * p.group);
-                p.mid_lse[partial + kv_head * p.group + row % p.group] = lse[half];
+                const int i = row / p.group;
+                const i64 place = item.partial >= 0 ? item.partial + i : p.request_order[item.first_position + i];
+                to[place * (p.kv_heads * p.group) + kv_head * p.group + row % p.group] = lse[half];
             }
         }
     }

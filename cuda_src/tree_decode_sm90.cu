@@ -488,6 +488,9 @@ struct Consumer {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const QueryRow row(p, item, rows.first_row + half * 8);
+            if (p.lse != nullptr && row.valid && threadIdx.x % 4 == 0) {
+                p.lse[row.request * p.qo_heads + row.head] = rows.state[half].natural_lse();
+            }
             u16* to = p.o + row.request * p.o_stride_request + row.head * p.o_stride_head;
             if (p.o_aligned) {
                 write_row(half, row.valid, [to](int column, u32 low, u32 high) {

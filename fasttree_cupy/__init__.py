@@ -1,6 +1,7 @@
 """Attention over tree-shaped KV caches: FastTree (MLSys'25) for any array framework, on CUDA and on the CPU."""
 
 from fasttree_cupy.decode import fasttree_decode
+from fasttree_cupy.merging import merge_states
 from fasttree_cupy.metadata import MetadataTuple
 from fasttree_cupy.params import PRESETS, FastTreeParams, GpuPreset, preset
 from fasttree_cupy.plan import DecodePlan, plan_decode
@@ -21,6 +22,7 @@ __all__ = [
     "fasttree_decode",
     "fasttree_preparation",
     "fill_requests",
+    "merge_states",
     "plan_decode",
     "preset",
     "qkv_preparation",

@@ -12,6 +12,7 @@ from fasttree_cupy.params import checked_int
 
 __all__ = [
     "ELEMENT_DTYPES",
+    "check_element_array",
     "check_inputs",
     "check_output",
     "check_same",

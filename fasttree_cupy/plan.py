@@ -6,18 +6,25 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from fasttree_cupy.checks import check_inputs, check_output, check_same, checked_cap, checked_float, checked_head_dim
 from fasttree_cupy.execution import arrays, cuda, streams
 from fasttree_cupy.execution.arrays import ArrayView
 from fasttree_cupy.execution.device import resolve_device
 from fasttree_cupy.execution.operands import Operands
 from fasttree_cupy.execution.schedule import BalancedSchedule, HeuristicSchedule, Schedule, SubtreeSchedule
+from fasttree_cupy.integers import int_vector
 from fasttree_cupy.params import FastTreeParams, checked_heads, preset
 from fasttree_cupy.planning import balanced, greedy, subtree
 from fasttree_cupy.planning.machine import H200_WORKERS, machine_of
 from fasttree_cupy.tree import KVTree, KVTreeNode, as_tree
 
 __all__ = ["DecodePlan", "plan_decode"]
+
+MOST_ROWS = 2**31 - 1
+"""Rows of a pool that int32 row numbers tell apart."""
 
 
 def plan_decode(
@@ -26,6 +33,7 @@ def plan_decode(
     num_kv_heads: int,
     head_dim: int,
     *,
+    kv_indices: Any = None,
     device: str | None = None,
 ) -> DecodePlan:
     """Plan the decoding of a tree.
@@ -38,6 +46,9 @@ def plan_decode(
         Query and KV heads; the first is a multiple of the second.
     head_dim : int
         One of 16, 32, 64, 128, 256.
+    kv_indices : array of int, shape (unique_tokens,), optional
+        Rows of K and V that hold the tree's tokens, in host memory: token ``tree.kv_ptrs[i] + j`` is node i's j-th.
+        By default K and V hold them in that order. From a paged cache `KVTree.from_block_tables` gives them.
     device : str, optional
         "cpu", "cuda" or "cuda:<n>"; by default the GPU where one is usable, else the CPU.
 
@@ -54,7 +65,7 @@ def plan_decode(
     tree = as_tree(tree_info)
     heads, kv_heads = checked_heads(num_qo_heads, num_kv_heads)
     head_dim = checked_head_dim(head_dim)
-    return DecodePlan(tree, heads, kv_heads, head_dim, resolve_device(device))
+    return DecodePlan(tree, heads, kv_heads, head_dim, resolve_device(device), checked_rows(kv_indices, tree))
 
 
 class DecodePlan:
@@ -63,7 +74,9 @@ class DecodePlan:
     Attributes
     ----------
     batch_size, num_tokens : int
-        Requests, and rows that K and V must have.
+        Requests, and rows that K and V must have, or in a pool have at least.
+    from_pool : bool
+        Whether the plan was made with ``kv_indices``.
     num_qo_heads, num_kv_heads, head_dim : int
         Head layout.
     device : str
@@ -80,14 +93,23 @@ class DecodePlan:
     then reaches the other requests of its tile.
     """
 
-    def __init__(self, tree: KVTree, num_qo_heads: int, num_kv_heads: int, head_dim: int, device: str) -> None:
+    def __init__(
+        self,
+        tree: KVTree,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        device: str,
+        kv_indices: npt.NDArray[np.int32] | None = None,
+    ) -> None:
         self.batch_size = tree.batch_size
-        self.num_tokens = tree.unique_tokens
+        self.from_pool = kv_indices is not None
+        self.num_tokens = tree.unique_tokens if kv_indices is None else int(kv_indices.max(initial=-1)) + 1
         self.num_qo_heads = num_qo_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.device = device
-        self.schedule = make_schedule(tree, num_qo_heads, num_kv_heads, head_dim, device)
+        self.schedule = make_schedule(tree, num_qo_heads, num_kv_heads, head_dim, device, kv_indices)
 
     @property
     def workspace_bytes(self) -> int:
@@ -109,6 +131,7 @@ class DecodePlan:
         *,
         sm_scale: float | None = None,
         logit_cap: float = -1,
+        return_lse: bool = False,
         stream: Any = None,
     ) -> Any:
         """Attend every request to the tokens on its path.
@@ -119,13 +142,16 @@ class DecodePlan:
             One query a request, on the plan's device, from NumPy, CuPy, torch, JAX or any library with
             ``__dlpack__``. The last axis is contiguous, here and below; on a GPU rows start at multiples of 16 bytes.
         k, v : array, dtype of q, shape (num_tokens, num_kv_heads, head_dim)
-            Node i's tokens in rows ``tree.kv_ptrs[i]`` to ``tree.kv_ptrs[i + 1]``.
+            Node i's tokens in rows ``tree.kv_ptrs[i]`` to ``tree.kv_ptrs[i + 1]``, or in the rows that the plan's
+            ``kv_indices`` said, of a pool of any size.
         out : array, dtype and shape of q, optional
             Written in place. By default a new array of q's framework is returned.
         sm_scale : float, optional
             Factor of the scores; by default ``head_dim ** -0.5``.
         logit_cap : float
             Soft cap where positive: a score becomes ``logit_cap * tanh(score / logit_cap)``.
+        return_lse : bool
+            Whether to return the LSE too, with which outputs merge (`merge_states`).
         stream : int, CuPy stream, object with ``__cuda_stream__`` or ``cuda_stream``, optional
             CUDA stream to work on; by default the caller's current one: torch's for torch tensors, else CuPy's. Another
             one first waits for the current one; that the current one waits for it before it uses the output is the
@@ -133,8 +159,11 @@ class DecodePlan:
 
         Returns
         -------
-        array
-            ``out``, or the new array.
+        out : array
+            ``out``, or the new array. 0 for a request that attends to nothing.
+        lse : array, float32, shape (batch_size, num_qo_heads)
+            With `return_lse`: the natural logarithm of the sum of each row's exponentiated scores, a new array of q's
+            framework. -inf for a request that attends to nothing.
 
         Raises
         ------
@@ -157,32 +186,55 @@ class DecodePlan:
             result = arrays.empty(q_view.shape, q_view.dtype, q_view) if out is None else out
             o_view = arrays.view("out", result, work)
             check_output(o_view, q_view, "out")
-            self.schedule.run(Operands(q_view, k_view, v_view, o_view, scale, cap), work)
+            lse = arrays.empty(q_view.shape[:2], "float32", q_view) if return_lse else None
+            lse_view = None if lse is None else arrays.view("lse", lse, work)
+            self.schedule.run(Operands(q_view, k_view, v_view, o_view, scale, cap, lse_view), work)
             if work is not None:
                 work.keep_borrowed((q_view, k_view, v_view, o_view), own=self.schedule)
-            if out is not None:
-                return out
             with nullcontext() if work is None else work.launches():
-                return arrays.hand_back(result, q_view)
+                made = out if out is not None else arrays.hand_back(result, q_view)
+                return made if lse is None else (made, arrays.hand_back(lse, q_view))
 
     def _check(self, q: ArrayView, k: ArrayView, v: ArrayView) -> None:
         """Check the inputs against one another and against the plan."""
         check_inputs({"q": q, "k": k, "v": v})
         check_same("q", "shape", q.shape, (self.batch_size, self.num_qo_heads, self.head_dim))
-        check_same("k", "shape", k.shape, (self.num_tokens, self.num_kv_heads, self.head_dim))
+        if self.from_pool and k.shape[0] < self.num_tokens:
+            raise ValueError(f"k has {k.shape[0]} rows, expected {self.num_tokens} at least, as kv_indices asks for")
+        rows = k.shape[0] if self.from_pool else self.num_tokens
+        check_same("k", "shape", k.shape, (rows, self.num_kv_heads, self.head_dim))
         self.schedule.check(q, k, v)
 
 
-def make_schedule(tree: KVTree, num_qo_heads: int, num_kv_heads: int, head_dim: int, device: str) -> Schedule:
+def checked_rows(kv_indices: Any, tree: KVTree) -> npt.NDArray[np.int32] | None:
+    """`kv_indices` as int32, one row for each of the tree's tokens."""
+    if kv_indices is None:
+        return None
+    rows = int_vector(kv_indices, "kv_indices")
+    if len(rows) != tree.unique_tokens:
+        raise ValueError(f"kv_indices holds {len(rows)} rows, expected {tree.unique_tokens}, one for each token")
+    if len(rows) and not 0 <= rows.min() <= rows.max() < MOST_ROWS:
+        raise ValueError(f"kv_indices goes from {rows.min()} to {rows.max()}, expected rows from 0 to {MOST_ROWS - 1}")
+    return rows.astype(np.int32)
+
+
+def make_schedule(
+    tree: KVTree,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    device: str,
+    kv_indices: npt.NDArray[np.int32] | None,
+) -> Schedule:
     """Plan a tree for a device: our own planners where their kernels can run, else the documented heuristic."""
     group = num_qo_heads // num_kv_heads
     if device != "cpu":
         multiprocessors = cuda.multiprocessors(int(device.removeprefix("cuda:")))
         if BalancedSchedule.problem(device, group, head_dim) is None:
-            equal = balanced.plan(tree, group, num_kv_heads, head_dim, multiprocessors, H200_WORKERS)
+            equal = balanced.plan(tree, group, num_kv_heads, head_dim, multiprocessors, H200_WORKERS, kv_indices)
             return BalancedSchedule(equal, head_dim, device)
         if SubtreeSchedule.problem(device, group, head_dim) is None:
-            made = subtree.plan(tree, group, num_kv_heads, head_dim, machine_of(multiprocessors))
+            made = subtree.plan(tree, group, num_kv_heads, head_dim, machine_of(multiprocessors), kv_indices)
             return SubtreeSchedule(made, num_qo_heads, head_dim, device)
     chosen = preset("H100")
     params = FastTreeParams.for_gpu("H100", group)
@@ -190,4 +242,6 @@ def make_schedule(tree: KVTree, num_qo_heads: int, num_kv_heads: int, head_dim: 
         tree, chosen.kv_split_sizes, chosen.para_threshs1, chosen.para_threshs2, num_kv_heads,
         params.alpha, params.beta, params.gamma, params.TSQs, params.TSKs, group,
     )  # fmt: skip
+    if kv_indices is not None:
+        heuristic = heuristic._replace(vnode_to_kv_entries=kv_indices[heuristic.vnode_to_kv_entries])
     return HeuristicSchedule(heuristic, tree.unique_tokens, num_qo_heads, head_dim, device)

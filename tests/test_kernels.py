@@ -25,6 +25,8 @@ def test_parameter_structs_have_the_size_that_the_sources_assert() -> None:
     work = (kernels.cuda_src() / "include" / "work.cuh").read_text()
     assert f"static_assert(sizeof(WorkParams) == {cuda.WORK_PARAMS.itemsize}" in work
     assert f"static_assert(sizeof(WorkItem) == {4 * len(balanced.ITEM_FIELDS)}" in work
+    merge = kernels.source_text("merge_states")
+    assert f"static_assert(sizeof(MergeStatesParams) == {cuda.MERGE_STATES_PARAMS.itemsize}" in merge
     assert f"static_assert(sizeof(Stage2Params) == {cuda.STAGE2_PARAMS.itemsize}" in kernels.source_text("stage2")
 
 
@@ -38,7 +40,7 @@ def test_no_source_includes_a_toolkit_header() -> None:
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_every_kernel_fits_every_gpu(head_dim: int) -> None:
     configs = [config for config in all_configs(80) if config.head_dim == head_dim]
-    assert len(configs) == 2 * (1 + 2 * (1 + len(tiles(head_dim)) + 2))
+    assert len(configs) == 2 * (2 + 2 * (1 + len(tiles(head_dim)) + 2))
     for config in configs:
         assert config.shared_bytes <= SMALLEST_SHARED_MEMORY
         assert config.threads <= 1024
@@ -77,8 +79,8 @@ def test_the_worker_kernel_fits_a_multiprocessor() -> None:
 
 
 def test_gpus_get_the_kernels_that_they_can_run() -> None:
-    ampere = {"stage1_plain", "stage1_mma", "stage2", "tree_decode"}
-    assert {config.name for config in all_configs(75)} == {"stage1_plain", "stage2"}
+    ampere = {"stage1_plain", "stage1_mma", "stage2", "merge_states", "tree_decode"}
+    assert {config.name for config in all_configs(75)} == {"stage1_plain", "stage2", "merge_states"}
     assert {config.name for config in all_configs(80)} == ampere
     assert {config.name for config in all_configs(90)} == ampere | {"tree_decode_sm90"}
     assert {config.name for config in all_configs(100)} == ampere

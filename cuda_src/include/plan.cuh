@@ -32,6 +32,7 @@ struct TreeDecodeParams {
     u16* o;                     // [batch, qo_heads, head_dim]
     float* mid_o;               // [partials, qo_heads, head_dim], contiguous: normalised partial outputs
     float* mid_lse;             // [partials, qo_heads], contiguous: natural log
+    float* lse;                 // [batch, qo_heads], contiguous: natural log; null: not wanted
     const Item* items;          // [items], the longest first
     const Segment* segments;    // [segments]
     const int* request_order;   // [batch]: requests in plan order
@@ -46,4 +47,4 @@ struct TreeDecodeParams {
     int o_aligned;              // rows of o start at multiples of 16 bytes
     int padding;
 };
-static_assert(sizeof(TreeDecodeParams) == 160, "as TREE_DECODE_PARAMS in cuda.py");
+static_assert(sizeof(TreeDecodeParams) == 168, "as TREE_DECODE_PARAMS in cuda.py");

@@ -28,6 +28,7 @@ struct WorkParams {
     u16* o;                    // [batch, qo_heads, head_dim]
     float* mid_o;              // [partials, row groups, head_dim / 2, 128]: normalised, in the accumulators' order
     float* mid_lse;            // [partials, row groups, 64]: base 2
+    float* lse;                // [batch, qo_heads], contiguous: natural log; null: not wanted
     int* counters;             // [counters, row groups]: 0 before and after a launch
     const WorkItem* items;     // [items]: worker w begins with items[w]
     const Segment* segments;   // [segments]
@@ -41,6 +42,6 @@ struct WorkParams {
     float sm_scale;
     float logit_cap;           // <= 0: none
     int o_aligned;             // rows of o start at multiples of 16 bytes
-    int padding;
+    int qo_heads;
 };
-static_assert(sizeof(WorkParams) == 168, "as WORK_PARAMS in cuda.py");
+static_assert(sizeof(WorkParams) == 176, "as WORK_PARAMS in cuda.py");

@@ -41,6 +41,7 @@ def decode(
     metadata: MetadataTuple,
     sm_scale: float,
     logit_cap: float = -1.0,
+    lse: Float32Array | None = None,
 ) -> None:
     """Attention of every request over its path; a request without a vnode gets 0. The arguments are trusted.
 
@@ -59,6 +60,8 @@ def decode(
         Factor of the scores ``q . k``.
     logit_cap
         Soft cap ``logit_cap * tanh(score / logit_cap)`` where positive, otherwise none.
+    lse
+        (batch_size, num_qo_heads), float32: written where given, the natural-log LSE.
     """
     m = metadata
     inputs = _Inputs(_rows(q), _rows(k), _rows(v), q.dtype != np.float16, float(sm_scale), float(logit_cap))
@@ -67,13 +70,15 @@ def decode(
     mid_lists = _Lists(m.req_to_vnode_entries, m.req_to_vnode_offs, m.req_to_vnode_lens)
     with _LOCK:
         _stage1(*inputs, k.shape[1], kv_lists, q_lists, get_num_threads(), m.mid_o, m.mid_lse)
-        _stage2(mid_lists, m.mid_o, m.mid_lse, inputs.bfloat16, _rows(o, writeable=True))
+        merged_lse = np.empty(o.shape[:2], np.float32) if lse is None else lse
+        _stage2(mid_lists, m.mid_o, m.mid_lse, inputs.bfloat16, _rows(o, writeable=True), merged_lse)
 
 
 def run(operands: Operands, metadata: MetadataTuple) -> None:
     """Decode arrays of any framework that lie on the CPU; `metadata` holds NumPy arrays."""
     q, k, v, o = as_numpy(operands.q), as_numpy(operands.k), as_numpy(operands.v), as_numpy(operands.o)
-    decode(q, k, v, o, metadata, operands.sm_scale, operands.logit_cap)
+    lse = None if operands.lse is None else as_numpy(operands.lse)
+    decode(q, k, v, o, metadata, operands.sm_scale, operands.logit_cap, lse)
 
 
 def check_metadata(metadata: MetadataTuple, num_tokens: int, batch_size: int) -> None:
@@ -345,7 +350,9 @@ def _exp(x: np.float32) -> np.float32:
 
 
 @njit(cache=True, parallel=True)
-def _stage2(mid_lists: _Lists, mid_o: Float32Array, mid_lse: Float32Array, bfloat16: bool, o: _Rows) -> None:
+def _stage2(
+    mid_lists: _Lists, mid_o: Float32Array, mid_lse: Float32Array, bfloat16: bool, o: _Rows, lse: Float32Array
+) -> None:
     """Merge the partial outputs of each request and head by their LSE."""
     num_heads = mid_o.shape[1]
     for item in prange(len(mid_lists.offs) * num_heads):
@@ -365,6 +372,7 @@ def _stage2(mid_lists: _Lists, mid_o: Float32Array, mid_lse: Float32Array, bfloa
         if total != 0:
             acc /= total
         _store_row(acc, bfloat16, o, request, head)
+        lse[request, head] = top + np.log(total)  # -inf where there was no token
 
 
 @njit(cache=True)

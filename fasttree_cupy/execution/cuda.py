@@ -44,24 +44,30 @@ STAGE1_PARAMS = np.dtype(
     + [("first_vnode", np.int32), ("group", np.int32), ("sm_scale", np.float32), ("logit_cap", np.float32)]
 )
 STAGE2_PARAMS = np.dtype(
-    [(name, np.uint64) for name in ("mid_o", "mid_lse", "entries", "offs", "lens", "requests", "o")]
+    [(name, np.uint64) for name in ("mid_o", "mid_lse", "entries", "offs", "lens", "requests", "o", "lse")]
     + [("o_request", np.int64), ("o_head", np.int64)]
     + [("merges", np.int32), ("qo_heads", np.int32), ("o_aligned", np.int32), ("padding", np.int32)]
 )
+TREE_DECODE_POINTERS = ("q", "k", "v", "o", "mid_o", "mid_lse", "lse", "items", "segments", "request_order")
 TREE_DECODE_PARAMS = np.dtype(
-    [(name, np.uint64) for name in ("q", "k", "v", "o", "mid_o", "mid_lse", "items", "segments", "request_order")]
+    [(name, np.uint64) for name in TREE_DECODE_POINTERS]
     + [(name, np.int64) for name in ("q_request", "q_head", "k_token", "k_head", "v_token", "v_head")]
     + [(name, np.int64) for name in ("o_request", "o_head")]
     + [("kv_heads", np.int32), ("group", np.int32), ("sm_scale", np.float32), ("logit_cap", np.float32)]
     + [("o_aligned", np.int32), ("padding", np.int32)]
 )
-WORK_POINTERS = ("q", "k", "v", "o", "mid_o", "mid_lse", "counters", "items", "segments", "request_order")
+WORK_POINTERS = ("q", "k", "v", "o", "mid_o", "mid_lse", "lse", "counters", "items", "segments", "request_order")
 WORK_PARAMS = np.dtype(
     [(name, np.uint64) for name in WORK_POINTERS]
     + [(name, np.int64) for name in ("q_request", "q_head", "k_token", "k_head", "v_token", "v_head")]
     + [(name, np.int64) for name in ("o_request", "o_head")]
     + [("num_segments", np.int32), ("group", np.int32), ("sm_scale", np.float32), ("logit_cap", np.float32)]
-    + [("o_aligned", np.int32), ("padding", np.int32)]
+    + [("o_aligned", np.int32), ("qo_heads", np.int32)]
+)
+MERGE_STATES_PARAMS = np.dtype(
+    [(name, np.uint64) for name in ("o_a", "o_b", "lse_a", "lse_b", "o", "lse")]
+    + [(name, np.int64) for name in ("a_row", "a_head", "b_row", "b_head", "outputs")]
+    + [("heads", np.int32), ("padding", np.int32)]
 )
 
 
@@ -97,6 +103,11 @@ def check_kernel(kernel: str, inputs: Mapping[str, ArrayView]) -> str:
     if kernel == "mma":
         raise ValueError(f"kernel is 'mma', which {problem}")
     return "plain"
+
+
+def pointer_of(view: ArrayView | None) -> int:
+    """Address of an array that may be left out; 0 stands for a null pointer."""
+    return 0 if view is None else view.pointer
 
 
 def is_aligned(view: ArrayView) -> bool:
@@ -149,7 +160,7 @@ def decode(
             if count > 0:
                 launch_stage1(operands, metadata, first_vnode, count, q_tile_size, kernel)
         mid = [view.pointer for view in metadata[9:11]]
-        launch_stage2(operands.o, mid, [view.pointer for view in metadata[6:9]], operands.o.shape[0])
+        launch_stage2(operands, mid, [view.pointer for view in metadata[6:9]], operands.o.shape[0])
 
 
 def launch_stage1(
@@ -161,7 +172,7 @@ def launch_stage1(
     kernel: str,
 ) -> None:
     """Attend the vnodes ``[first_vnode, first_vnode + count)``, those of one phase."""
-    q, k, v, _, sm_scale, logit_cap = operands
+    q, k, v, _, sm_scale, logit_cap, _ = operands
     num_qo_heads, head_dim = q.shape[1:]
     num_kv_heads = k.shape[1]
     group = num_qo_heads // num_kv_heads
@@ -180,11 +191,13 @@ def launch_stage1(
     launch((count, num_kv_heads, min(row_blocks, MAX_GRID_Z)), params)
 
 
-def launch_stage2(o: ArrayView, mid: Sequence[int], lists: Sequence[int], merges: int, requests: int = 0) -> None:
-    """Merge partial outputs into ``o``.
+def launch_stage2(operands: Operands, mid: Sequence[int], lists: Sequence[int], merges: int, requests: int = 0) -> None:
+    """Merge partial outputs into ``o`` and ``lse``.
 
     Parameters
     ----------
+    operands : Operands
+        Of which these two count.
     mid : sequence of 2 int
         Pointers to ``mid_o`` and ``mid_lse``.
     lists : sequence of 3 int
@@ -194,8 +207,9 @@ def launch_stage2(o: ArrayView, mid: Sequence[int], lists: Sequence[int], merges
     requests : int
         Pointer to the request of each merge; 0: request i is merge i.
     """
+    o = operands.o
     _, num_qo_heads, head_dim = o.shape
-    pointers = (*mid, *lists, requests, o.pointer)
+    pointers = (*mid, *lists, requests, o.pointer, pointer_of(operands.lse))
     params = np.array((*pointers, *o.strides[:2], merges, num_qo_heads, is_aligned(o), 0), STAGE2_PARAMS)
     grid = (-(-merges * num_qo_heads // STAGE2_ROWS), 1, 1)
     stage2_launch(o.dtype, head_dim, o.device[1])(grid, params)
@@ -227,7 +241,7 @@ def run_items(
         launch_tree_decode(operands, mid, lists, num_items, block_warps)
         merge_lists, merges, requests = merge
         if merges > 0:
-            launch_stage2(operands.o, mid, merge_lists, merges, requests)
+            launch_stage2(operands, mid, merge_lists, merges, requests)
 
 
 def launch_tree_decode(
@@ -248,10 +262,10 @@ def launch_tree_decode(
     block_warps : int
         Warps of a block.
     """
-    q, k, v, o, sm_scale, logit_cap = operands
+    q, k, v, o, sm_scale, logit_cap, lse = operands
     num_qo_heads, head_dim = q.shape[1:]
     num_kv_heads = k.shape[1]
-    pointers = (q.pointer, k.pointer, v.pointer, o.pointer, *mid, *lists)
+    pointers = (q.pointer, k.pointer, v.pointer, o.pointer, *mid, pointer_of(lse), *lists)
     strides = (*q.strides[:2], *k.strides[:2], *v.strides[:2], *o.strides[:2])
     numbers = (num_kv_heads, num_qo_heads // num_kv_heads, sm_scale, logit_cap, is_aligned(o), 0)
     params = np.array((*pointers, *strides, *numbers), TREE_DECODE_PARAMS)
@@ -283,15 +297,38 @@ def run_workers(
     stream : WorkStream
         CUDA stream to launch on.
     """
-    q, k, v, o, sm_scale, logit_cap = operands
+    q, k, v, o, sm_scale, logit_cap, lse = operands
     num_qo_heads, head_dim = q.shape[1:]
-    pointers = (q.pointer, k.pointer, v.pointer, o.pointer, *mid, *lists)
+    pointers = (q.pointer, k.pointer, v.pointer, o.pointer, *mid, pointer_of(lse), *lists)
     strides = (*q.strides[:2], *k.strides[:2], *v.strides[:2], *o.strides[:2])
-    numbers = (num_segments, num_qo_heads // k.shape[1], sm_scale, logit_cap, is_aligned(o), 0)
+    numbers = (num_segments, num_qo_heads // k.shape[1], sm_scale, logit_cap, is_aligned(o), num_qo_heads)
     params = np.array((*pointers, *strides, *numbers), WORK_PARAMS)
     launch = worker_launch(q.dtype, head_dim, row_groups, logit_cap > 0, q.device[1])
     with stream.launches():
         launch((workers, 1, 1), params)
+
+
+def merge_states(states: Sequence[ArrayView], o: ArrayView, lse: ArrayView, stream: WorkStream) -> None:
+    """Launch ``merge_states`` on the current device.
+
+    Parameters
+    ----------
+    states : sequence of 4 ArrayView
+        The two outputs, then their LSE, row-major.
+    o, lse : ArrayView
+        Where the merged state goes, row-major.
+    stream : WorkStream
+        CUDA stream to launch on.
+    """
+    rows, heads, head_dim = o.shape
+    if rows * heads == 0:
+        return
+    pointers = [view.pointer for view in (*states, o, lse)]
+    strides = (*states[0].strides[:2], *states[1].strides[:2])
+    params = np.array((*pointers, *strides, rows * heads, heads, 0), MERGE_STATES_PARAMS)
+    launch = merge_states_launch(o.dtype, head_dim, o.device[1])
+    with stream.launches():
+        launch((-(-rows * heads // STAGE2_ROWS), 1, 1), params)
 
 
 class Launch(NamedTuple):
@@ -344,3 +381,9 @@ def stage1_launch(kernel: str, dtype: str, head_dim: int, tile: MmaTile | None, 
 def stage2_launch(dtype: str, head_dim: int, _device: int) -> Launch:
     """``stage2``, ready to launch."""
     return prepare(KernelConfig("stage2", dtype, head_dim))
+
+
+@functools.cache
+def merge_states_launch(dtype: str, head_dim: int, _device: int) -> Launch:
+    """``merge_states``, ready to launch."""
+    return prepare(KernelConfig("merge_states", dtype, head_dim))

@@ -91,8 +91,8 @@ class KernelConfig:
     Attributes
     ----------
     name : str
-        ``"stage1_mma"``, ``"stage1_plain"``, ``"stage2"``, ``"tree_decode"`` or ``"tree_decode_sm90"``: the file under
-        ``cuda_src/`` and the function in it.
+        ``"stage1_mma"``, ``"stage1_plain"``, ``"stage2"``, ``"tree_decode"``, ``"tree_decode_sm90"`` or
+        ``"merge_states"``: the file under ``cuda_src/`` and the function in it.
     dtype : str
         Element type of Q, K, V and O: ``"float16"`` or ``"bfloat16"``.
     head_dim : int
@@ -241,7 +241,7 @@ def all_configs(compute_capability: int) -> list[KernelConfig]:
     """Every configuration that a GPU of this compute capability (times ten) may be asked to run."""
     configs = []
     for dtype, head_dim in itertools.product(ELEMENT_NAMES, HEAD_DIMS):
-        configs.append(KernelConfig("stage2", dtype, head_dim))
+        configs += [KernelConfig(name, dtype, head_dim) for name in ("stage2", "merge_states")]
         for cap in (False, True):
             configs.append(KernelConfig("stage1_plain", dtype, head_dim, soft_cap=cap))
             if compute_capability >= MMA_COMPUTE_CAPABILITY:

@@ -22,6 +22,9 @@ class Operands(NamedTuple):
         Factor of the scores.
     logit_cap : float
         Soft cap where positive.
+    lse : ArrayView or None
+        Float32, shape (batch_size, num_qo_heads), row-major: where the natural logarithm of the sum of each row's
+        exponentiated scores goes.
     """
 
     q: ArrayView
@@ -30,3 +33,4 @@ class Operands(NamedTuple):
     o: ArrayView
     sm_scale: float
     logit_cap: float
+    lse: ArrayView | None = None

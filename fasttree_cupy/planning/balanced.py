@@ -16,7 +16,7 @@ import numpy.typing as npt
 from numba import njit
 
 from fasttree_cupy.planning.machine import WorkerMachine
-from fasttree_cupy.planning.subtree import Layout, depth_first
+from fasttree_cupy.planning.subtree import Layout, depth_first, lay_out
 from fasttree_cupy.tree import KVTree
 
 __all__ = ["GROUP_ROWS", "ITEM_FIELDS", "MOST_ROW_GROUPS", "STEP_TOKENS", "BalancedPlan", "plan"]
@@ -80,7 +80,13 @@ class BalancedPlan(NamedTuple):
 
 
 def plan(
-    tree: KVTree, group: int, num_kv_heads: int, head_dim: int, multiprocessors: int, machine: WorkerMachine
+    tree: KVTree,
+    group: int,
+    num_kv_heads: int,
+    head_dim: int,
+    multiprocessors: int,
+    machine: WorkerMachine,
+    kv_indices: Int32Array | None = None,
 ) -> BalancedPlan:
     """Plan a tree.
 
@@ -96,6 +102,8 @@ def plan(
         Workers to plan for, at most.
     machine : WorkerMachine
         Constants of the GPU.
+    kv_indices : int32 (unique_tokens,), optional
+        Rows of K and V of the tree's tokens; by default in the tree's order.
 
     Raises
     ------
@@ -109,7 +117,7 @@ def plan(
             f"tree_info holds {tree.unique_tokens} tokens, but int32 row numbers reach {_INT32_MAX} at most"
         )
     request_order, begins, ends = depth_first(tree)
-    layout = Layout(tree.breadth_first, tree.seqlen, tree.kv_ptrs, begins, ends)
+    layout = lay_out(tree, begins, ends, kv_indices)
     size = 2.0 * head_dim * num_kv_heads * (2.0 * tree.unique_tokens + 2.0 * tree.batch_size * group)
     candidates = []
     for row_groups in range(-(-group // GROUP_ROWS), MOST_ROW_GROUPS + 1):

@@ -17,7 +17,7 @@ from numba import njit
 from fasttree_cupy.planning.machine import Machine
 from fasttree_cupy.tree import KVTree
 
-__all__ = ["ITEM_FIELDS", "Layout", "SubtreePlan", "depth_first", "plan"]
+__all__ = ["ITEM_FIELDS", "Layout", "SubtreePlan", "depth_first", "lay_out", "plan"]
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -74,7 +74,14 @@ class SubtreePlan(NamedTuple):
     estimate_us: float
 
 
-def plan(tree: KVTree, group: int, num_kv_heads: int, head_dim: int, machine: Machine) -> SubtreePlan:
+def plan(
+    tree: KVTree,
+    group: int,
+    num_kv_heads: int,
+    head_dim: int,
+    machine: Machine,
+    kv_indices: Int32Array | None = None,
+) -> SubtreePlan:
     """Plan a tree.
 
     Parameters
@@ -87,6 +94,8 @@ def plan(tree: KVTree, group: int, num_kv_heads: int, head_dim: int, machine: Ma
         Head layout; K and V elements take two bytes.
     machine : Machine
         Constants of the GPU.
+    kv_indices : int32 (unique_tokens,), optional
+        Rows of K and V of the tree's tokens; by default in the tree's order.
 
     Raises
     ------
@@ -103,7 +112,7 @@ def plan(tree: KVTree, group: int, num_kv_heads: int, head_dim: int, machine: Ma
             f"tree_info holds {tree.unique_tokens} tokens, but int32 row numbers reach {_INT32_MAX} at most"
         )
     request_order, begins, ends = depth_first(tree)
-    layout = Layout(tree.breadth_first, tree.seqlen, tree.kv_ptrs, begins, ends)
+    layout = lay_out(tree, begins, ends, kv_indices)
     chosen, longest, estimate = _choose(
         layout, tree.batch_size, tree.unique_tokens, group, num_kv_heads, head_dim,
         np.array(shapes, np.int64), np.array(_LONGEST, np.int64), np.array(machine, np.float64),
@@ -118,6 +127,12 @@ def depth_first(tree: KVTree) -> tuple[Int32Array, Int64Array, Int64Array]:
     request_order = np.empty(tree.batch_size, np.int32)
     begins, ends = _positions(tree.parent, tree.breadth_first, tree.request_node, request_order)
     return request_order, begins, ends
+
+
+def lay_out(tree: KVTree, begins: Int64Array, ends: Int64Array, kv_indices: Int32Array | None) -> Layout:
+    """Runs of consecutive rows of K and V, and the requests that attend to each: a run a node, or more from a pool."""
+    layout = Layout(tree.breadth_first, tree.seqlen, tree.kv_ptrs, begins, ends)
+    return layout if kv_indices is None else _pool_runs(layout, kv_indices)
 
 
 class TileShape(NamedTuple):
@@ -149,13 +164,40 @@ def tile_shapes(group: int, head_dim: int) -> list[TileShape]:
 
 
 class Layout(NamedTuple):
-    """The tree's arrays of these names, and each node's requests as positions ``[begins, ends)``: (N,) each."""
+    """The tree's arrays of these names, and each node's requests as positions ``[begins, ends)``: (N,) each.
+
+    Of a tree whose tokens lie in a pool, each run of consecutive rows counts as a node.
+    """
 
     breadth_first: Int32Array
     seqlen: Int64Array
     kv_ptrs: Int64Array
     begins: Int64Array
     ends: Int64Array
+
+
+@njit(cache=True)
+def _pool_runs(layout: Layout, kv_indices: Int32Array) -> Layout:
+    """The layout of the runs of consecutive rows that the nodes' tokens have in a pool, in the nodes' order."""
+    runs = 0
+    for fill in range(2):
+        if fill == 1:
+            order = np.arange(runs).astype(np.int32)
+            seqlen, kv_ptrs = np.zeros(runs, np.int64), np.empty(runs, np.int64)
+            begins, ends = np.empty(runs, np.int64), np.empty(runs, np.int64)
+            runs = 0
+        for node in layout.breadth_first:
+            first = layout.kv_ptrs[node]
+            for token in range(first, first + layout.seqlen[node]):
+                if token == first or kv_indices[token] != kv_indices[token - 1] + 1:
+                    if fill == 1:
+                        kv_ptrs[runs] = kv_indices[token]
+                        begins[runs] = layout.begins[node]
+                        ends[runs] = layout.ends[node]
+                    runs += 1
+                if fill == 1:
+                    seqlen[runs - 1] += 1
+    return Layout(order, seqlen, kv_ptrs, begins, ends)
 
 
 @njit(cache=True)
