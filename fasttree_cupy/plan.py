@@ -180,7 +180,10 @@ def make_schedule(tree: KVTree, num_qo_heads: int, num_kv_heads: int, head_dim: 
         multiprocessors = cuda.multiprocessors(int(device.removeprefix("cuda:")))
         if BalancedSchedule.problem(device, group, head_dim) is None:
             equal = balanced.plan(tree, group, num_kv_heads, head_dim, multiprocessors, H200_WORKERS)
-            return BalancedSchedule(equal, head_dim, device)
+            # At an item without tokens consumers wait for nothing: they could lap the producers at a barrier, whose
+            # parity does not tell a phase from the one after the next.
+            if not equal.has_empty_items:
+                return BalancedSchedule(equal, head_dim, device)
         if SubtreeSchedule.problem(device, group, head_dim) is None:
             made = subtree.plan(tree, group, num_kv_heads, head_dim, machine_of(multiprocessors))
             return SubtreeSchedule(made, num_qo_heads, head_dim, device)

@@ -78,6 +78,11 @@ class BalancedPlan(NamedTuple):
     counters: int
     estimate_us: float
 
+    @property
+    def has_empty_items(self) -> bool:
+        """Whether some item has no tokens, because its requests attend to nothing."""
+        return not self.items[:, ITEM_FIELDS.index("tokens")].all()
+
 
 def plan(
     tree: KVTree, group: int, num_kv_heads: int, head_dim: int, multiprocessors: int, machine: WorkerMachine
