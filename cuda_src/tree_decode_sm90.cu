@@ -127,11 +127,16 @@ struct Producer {
           place(warp * kWarpTokens, lane), k_stride(int(p.k_stride_token) * 2), v_stride(int(p.v_stride_token) * 2) {}
 
     __device__ __forceinline__ void run() {
-        int index = blockIdx.x;
-        for (int turn = 0; index >= 0; ++turn) {
+        // Turns count the items that have tokens: only there do consumers wait for producers, and a barrier's parity does
+        // not tell a phase from the one after the next.
+        int turn = 0;
+        for (int index = blockIdx.x; index >= 0;) {
             const WorkItem item = p.items[index];
-            barrier_wait(s.q_empty[turn % 2], turn / 2 % 2 ^ 1);
-            load_item(item, turn % 2);
+            if (item.tokens > 0) {
+                barrier_wait(s.q_empty[turn % 2], turn / 2 % 2 ^ 1);
+                load_item(item, turn % 2);
+                ++turn;
+            }
             index = item.next;
         }
     }
@@ -159,7 +164,7 @@ struct Producer {
         }
     }
 
-    // Starts the copy of this warp's share of an item's queries, whose rows its lanes hold. Rows past the last are zero.
+    // Starts the copy of this warp's share of an item's queries, whose rows its lanes hold; rows past the last are zero.
     // They arrive with the item's first keys.
     __device__ __forceinline__ void load_queries(const QueryRow& own, int slot) {
         using Place = PanelPlace<kRows, kChunks>;
@@ -264,22 +269,26 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void run() {
-        int end = 0;  // of the item's tiles
-        int index = blockIdx.x;
-        for (int turn = 0; index >= 0; ++turn) {
+        int end = 0;   // of the item's tiles
+        int turn = 0;  // of the items that have tokens
+        bool first = true;
+        for (int index = blockIdx.x; index >= 0; first = false) {
             const WorkItem& item = p.items[index];
             const int next = item.next;
             fetch_ahead(item, next);
             end += ceil_div(item.tokens, kTileTokens);
             rows.reset();
-            attend_tiles(end, shared_address(s.q[turn % 2]) + row_group * kGroupRows * kPanelRowBytes);
-            arrive(s.q_empty[turn % 2]);
+            if (item.tokens > 0) {
+                attend_tiles(end, shared_address(s.q[turn % 2]) + row_group * kGroupRows * kPanelRowBytes);
+                arrive(s.q_empty[turn % 2]);
+                ++turn;
+            }
             rows.finish();
             if (kTokenGroups == 2) {
                 if (group == 1) {
-                    give(turn > 0);
+                    give(first);
                 } else {
-                    receive(next >= 0);
+                    receive(next < 0);
                     write(item);
                 }
             } else {
@@ -349,9 +358,9 @@ struct Consumer {
     }
 
     // The second token group leaves its state in shared memory, in the order of the accumulators ...
-    __device__ __forceinline__ void give(bool used_before) {
+    __device__ __forceinline__ void give(bool first_item) {
         const int thread = threadIdx.x % kGroupThreads;
-        if (used_before) named_sync(kExchangeEmpty, 2 * kGroupThreads);
+        if (!first_item) named_sync(kExchangeEmpty, 2 * kGroupThreads);
 #pragma unroll
         for (int i = 0; i < kOutputs; ++i) s.exchange[i * kGroupThreads + thread] = rows.o[i];
         if (thread % 4 == 0) {
@@ -361,7 +370,7 @@ struct Consumer {
         named_arrive(kExchangeFull, 2 * kGroupThreads);
     }
     // ... and the first adds it to its own.
-    __device__ __forceinline__ void receive(bool used_again) {
+    __device__ __forceinline__ void receive(bool last_item) {
         const int thread = threadIdx.x % kGroupThreads;
         named_sync(kExchangeFull, 2 * kGroupThreads);
         float own[2], other[2];
@@ -379,7 +388,7 @@ struct Consumer {
         for (int i = 0; i < kOutputs; ++i) {
             rows.o[i] = rows.o[i] * own[i / 2 % 2] + s.exchange[i * kGroupThreads + thread] * other[i / 2 % 2];
         }
-        if (used_again) named_arrive(kExchangeEmpty, 2 * kGroupThreads);
+        if (!last_item) named_arrive(kExchangeEmpty, 2 * kGroupThreads);
     }
 
     // Writes the item's outputs, or its partial ones; the last piece merges them all.

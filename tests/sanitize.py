@@ -10,8 +10,18 @@ import sys
 import fasttree_cupy as ft
 from fasttree_cupy.execution.device import gpu_problem
 
-LAYOUTS = ((2, 2, 16, "float16"), (6, 2, 128, "bfloat16"), (16, 1, 256, "float16"), (100, 1, 64, "float16"))
-TREES = (ft.KVTree.from_levels([1, 2, 20], [70, 33, 9]), ft.KVTree.from_levels([1, 3], [900, 17]))
+LAYOUTS = (
+    (2, 2, 16, "float16"),
+    (6, 2, 128, "bfloat16"),
+    (16, 1, 256, "float16"),
+    (100, 1, 64, "float16"),
+    (8, 2, 64, "bfloat16"),
+)
+TREES = (
+    ft.KVTree.from_levels([1, 2, 20], [70, 33, 9]),
+    ft.KVTree.from_levels([1, 3], [900, 17]),
+    ft.KVTree([-1, 0, 0, 1], [0, 0, 70, 65], [0] * 70 + [1, 2, 3, 3]),  # tiles that attend to nothing
+)
 
 
 def main() -> int:
@@ -37,7 +47,9 @@ def main() -> int:
                         q, k, v, None, *metadata, params.TSQs, params.TSKs, head_dim**-0.5, kernel=kernel
                     )
                     runs += 1
-            ft.plan_decode(tree, heads, kv_heads, head_dim, device="cuda").run(q, k, v)
+            plan = ft.plan_decode(tree, heads, kv_heads, head_dim, device="cuda")
+            for cap in (-1, 20.0):
+                plan.run(q, k, v, logit_cap=cap, return_lse=True)
             runs += 1
     cupy.cuda.Device().synchronize()
     print(f"{runs} runs")

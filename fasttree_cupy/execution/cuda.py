@@ -112,8 +112,11 @@ def pointer_of(view: ArrayView | None) -> int:
 
 def is_aligned(view: ArrayView) -> bool:
     """Whether every row of a 16-bit array starts at a multiple of `VECTOR_BYTES`."""
-    first, second = view.strides[:2]
-    return (view.pointer | first * 2 | second * 2) % VECTOR_BYTES == 0
+    addresses = view.pointer
+    for length, stride in zip(view.shape[:2], view.strides[:2], strict=True):
+        if length > 1:  # else no address depends on the stride
+            addresses |= stride * 2
+    return addresses % VECTOR_BYTES == 0
 
 
 def mma_problem(inputs: Mapping[str, ArrayView]) -> str | None:
@@ -127,7 +130,7 @@ def mma_problem(inputs: Mapping[str, ArrayView]) -> str | None:
                 f"needs every row to start at a multiple of {VECTOR_BYTES} bytes, and {name} has strides of "
                 f"{view.strides} elements from address {view.pointer:#x}"
             )
-        if abs(view.strides[0]) >= MAX_ROW_STRIDE:
+        if view.shape[0] > 1 and abs(view.strides[0]) >= MAX_ROW_STRIDE:
             return f"needs row strides below {MAX_ROW_STRIDE} elements, and {name} has strides {view.strides}"
     return None
 
