@@ -16,7 +16,7 @@ import numpy.typing as npt
 from numba import njit
 
 from fasttree_cupy.planning.machine import WorkerMachine
-from fasttree_cupy.planning.subtree import Layout, depth_first, lay_out
+from fasttree_cupy.planning.subtree import _Layout, depth_first, lay_out
 from fasttree_cupy.tree import KVTree
 
 __all__ = ["GROUP_ROWS", "ITEM_FIELDS", "MOST_ROW_GROUPS", "STEP_TOKENS", "BalancedPlan", "plan"]
@@ -161,7 +161,7 @@ def _deal(
 
 
 @njit(cache=True)
-def _tile_tokens(layout: Layout, batch: int, requests: int) -> Int64Array:
+def _tile_tokens(layout: _Layout, batch: int, requests: int) -> Int64Array:
     """Tokens that each tile attends to."""
     tokens = np.zeros(-(-batch // requests), np.int64)
     for node in layout.breadth_first:
@@ -172,7 +172,7 @@ def _tile_tokens(layout: Layout, batch: int, requests: int) -> Int64Array:
 
 
 @njit(cache=True)
-def _segments(layout: Layout, batch: int, group: int, requests: int) -> tuple[Int64Array, Int32Array]:
+def _segments(layout: _Layout, batch: int, group: int, requests: int) -> tuple[Int64Array, Int32Array]:
     """Segments of each tile, ``segments[bounds[i] : bounds[i + 1]]``, ancestors first."""
     num_tiles = -(-batch // requests)
     bounds = np.zeros(num_tiles + 1, np.int64)

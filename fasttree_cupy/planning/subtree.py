@@ -17,7 +17,7 @@ from numba import njit
 from fasttree_cupy.planning.machine import Machine
 from fasttree_cupy.tree import KVTree
 
-__all__ = ["ITEM_FIELDS", "Layout", "SubtreePlan", "depth_first", "lay_out", "plan"]
+__all__ = ["ITEM_FIELDS", "SubtreePlan", "depth_first", "lay_out", "plan"]
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -129,9 +129,9 @@ def depth_first(tree: KVTree) -> tuple[Int32Array, Int64Array, Int64Array]:
     return request_order, begins, ends
 
 
-def lay_out(tree: KVTree, begins: Int64Array, ends: Int64Array, kv_indices: Int32Array | None) -> Layout:
+def lay_out(tree: KVTree, begins: Int64Array, ends: Int64Array, kv_indices: Int32Array | None) -> _Layout:
     """Runs of consecutive rows of K and V, and the requests that attend to each: a run a node, or more from a pool."""
-    layout = Layout(tree.breadth_first, tree.seqlen, tree.kv_ptrs, begins, ends)
+    layout = _Layout(tree.breadth_first, tree.seqlen, tree.kv_ptrs, begins, ends)
     return layout if kv_indices is None else _pool_runs(layout, kv_indices)
 
 
@@ -163,7 +163,7 @@ def tile_shapes(group: int, head_dim: int) -> list[TileShape]:
 # Compiled passes.
 
 
-class Layout(NamedTuple):
+class _Layout(NamedTuple):
     """The tree's arrays of these names, and each node's requests as positions ``[begins, ends)``: (N,) each.
 
     Of a tree whose tokens lie in a pool, each run of consecutive rows counts as a node.
@@ -177,7 +177,7 @@ class Layout(NamedTuple):
 
 
 @njit(cache=True)
-def _pool_runs(layout: Layout, kv_indices: Int32Array) -> Layout:
+def _pool_runs(layout: _Layout, kv_indices: Int32Array) -> _Layout:
     """The layout of the runs of consecutive rows that the nodes' tokens have in a pool, in the nodes' order."""
     runs = 0
     for fill in range(2):
@@ -197,7 +197,7 @@ def _pool_runs(layout: Layout, kv_indices: Int32Array) -> Layout:
                     runs += 1
                 if fill == 1:
                     seqlen[runs - 1] += 1
-    return Layout(order, seqlen, kv_ptrs, begins, ends)
+    return _Layout(order, seqlen, kv_ptrs, begins, ends)
 
 
 @njit(cache=True)
@@ -229,7 +229,7 @@ def _positions(
 
 
 @njit(cache=True)
-def _list_of(layout: Layout, node: int, tile: int, group: int, row_warps: int, requests: int) -> tuple[int, int, int]:
+def _list_of(layout: _Layout, node: int, tile: int, group: int, row_warps: int, requests: int) -> tuple[int, int, int]:
     """Which of a tile's lists a node's tokens go to, and the rows of the tile that see them.
 
     List 0 is for what the row warps share, list 1 + w for what row warp w has to itself.
@@ -243,7 +243,7 @@ def _list_of(layout: Layout, node: int, tile: int, group: int, row_warps: int, r
 
 
 @njit(cache=True)
-def _measure(layout: Layout, batch: int, group: int, row_warps: int, requests: int) -> tuple[Int64Array, Int64Array]:
+def _measure(layout: _Layout, batch: int, group: int, row_warps: int, requests: int) -> tuple[Int64Array, Int64Array]:
     """Steps that a warp of each tile takes in one token group, and over all: own and shared warp steps, tokens read."""
     num_tiles = -(-batch // requests)
     lists = row_warps + 1
@@ -288,7 +288,7 @@ def _runs(steps: Int64Array, groups: int, batch: int, requests: int) -> Int64Arr
 
 @njit(cache=True)
 def _choose(
-    layout: Layout,
+    layout: _Layout,
     batch: int,
     unique_tokens: int,
     group: int,
@@ -362,7 +362,7 @@ def _cost(
 
 @njit(cache=True)
 def _build(
-    layout: Layout,
+    layout: _Layout,
     request_order: Int32Array,
     group: int,
     longest: int,
@@ -382,7 +382,7 @@ def _build(
 
 
 @njit(cache=True)
-def _tiles(layout: Layout, batch: int, group: int, row_warps: int, requests: int) -> tuple[Int64Array, Int32Array]:
+def _tiles(layout: _Layout, batch: int, group: int, row_warps: int, requests: int) -> tuple[Int64Array, Int32Array]:
     """Segments of each tile: ``segments[bounds[i] : bounds[i + 1]]`` with ``i = tile * (row_warps + 1) + which``."""
     num_tiles = -(-batch // requests)
     lists = row_warps + 1
