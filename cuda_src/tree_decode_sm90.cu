@@ -1,7 +1,7 @@
 // Grid (workers), block 384 threads, one a multiprocessor: a worker's items of a balanced plan, one after the other.
 //
-// Four producer warps gather the tokens of item after item into a ring of tiles; two warpgroups attend them, 64 query
-// rows each. The ring runs ahead over the ends of items, so that these cost no bandwidth. With one row group the
+// Four producer warps gather the tokens of item after item into rings of tiles; two warpgroups attend them, 64 query
+// rows each. The rings run ahead over the ends of items, so that these cost no bandwidth. With one row group the
 // warpgroups take turns at the tiles and are merged at the item's end; with two, each has its own rows of every tile.
 // The worker that finishes the last piece of some rows merges their pieces.
 #include "barrier.cuh"
@@ -69,34 +69,55 @@ struct Ring {
     }
 };
 
-// An item's runs of tokens in order. A warp fetches 32 segments at a time, one a lane.
+// An item's runs of tokens in order. A warp holds 32 segments, one a lane, and fetches the next 32 ahead; at first it
+// holds but the one that came with the item.
 struct SegmentStream {
     const WorkParams& p;
-    Segment current;
-    Segment held;
-    int next;  // index of lane 0's held segment
-    int lane, used = 0;
+    int lane;
+    int next;        // index of this lane's segment among those ahead
+    Segment held, ahead;
+    int held_begin;  // of this lane's segment: its first token's number in the item,
+    int held_end;    // and the end
 
     __device__ __forceinline__ SegmentStream(const WorkParams& p, const WorkItem& item, int lane)
-        : p(p), current(item.first), next(item.next_segment), lane(lane) {
+        : p(p), lane(lane), next(item.next_segment + lane), held(lane == 0 ? item.first : Segment{}) {
         fetch();
+        number(0);
     }
-    __device__ __forceinline__ void fetch() { held = p.segments[min(next + lane, p.num_segments - 1)]; }
-    // Takes `tokens` tokens off the current segment.
-    __device__ __forceinline__ void take(int tokens) {
-        current.kv_begin += tokens;
-        current.kv_len -= tokens;
-        if (current.kv_len > 0) return;
-        if (used == kWarpSize) {
-            used = 0;
-            next += kWarpSize;
-            fetch();
+    __device__ __forceinline__ void fetch() { ahead = p.segments[min(next, p.num_segments - 1)]; }
+
+    // Numbers the tokens of the held segments from `begin` on.
+    __device__ __forceinline__ void number(int begin) {
+        u32 sum = held.kv_len;
+#pragma unroll
+        for (int distance = 1; distance < kWarpSize; distance *= 2) {
+            const u32 before = __shfl_up_sync(0xffffffffu, sum, distance);
+            // What follows the item's last segment may add up to anything.
+            if (lane >= distance) sum = min(sum + before, 0x7fffffffu);
         }
-        current.kv_begin = __shfl_sync(0xffffffffu, held.kv_begin, used);
-        current.kv_len = __shfl_sync(0xffffffffu, held.kv_len, used);
-        current.row_begin = __shfl_sync(0xffffffffu, held.row_begin, used);
-        current.row_end = __shfl_sync(0xffffffffu, held.row_end, used);
-        ++used;
+        held_end = int(min(begin + sum, 0x7fffffffu));
+        held_begin = held_end - held.kv_len;
+    }
+    // The number of the first token after the held segments.
+    __device__ __forceinline__ int end() const { return __shfl_sync(0xffffffffu, held_end, kWarpSize - 1); }
+    __device__ __forceinline__ void advance(int begin) {
+        held = ahead;
+        next += kWarpSize;
+        fetch();
+        number(begin);
+    }
+    // A token's row of K and V less its number, and who sees it.
+    __device__ __forceinline__ int shift() const { return held.kv_begin - held_begin; }
+    __device__ __forceinline__ int visible() const { return held.row_begin | (held.row_end - held.row_begin) << 8; }
+
+    // The lane whose segment holds a token; the last lane where none does.
+    __device__ __forceinline__ int find(int token) const {
+        int found = 0;
+#pragma unroll
+        for (int step = kWarpSize / 2; step > 0; step /= 2) {
+            if (__shfl_sync(0xffffffffu, held_end, found + step - 1) <= token) found += step;
+        }
+        return found;
     }
 };
 
@@ -107,20 +128,30 @@ struct QueryRow {
     i64 request;
 
     __device__ __forceinline__ QueryRow(const WorkParams& p, const WorkItem& item, int row)
-        : valid(row < item.num_requests * p.group), head(item.kv_head * p.group + row % p.group),
-          request(p.request_order[item.first_position + (valid ? row / p.group : 0)]) {}
+        : valid(row < item.num_requests * p.group), head(item.kv_head * p.group + row % p.group) {
+        const int in_item = valid ? row / p.group : 0;
+        request = item.first_request >= 0 ? item.first_request + in_item : p.request_order[item.first_position + in_item];
+    }
 };
 
+// A warp that gathers its share of every tile.
 struct Producer {
     using Place = PanelPlace<kTileTokens, kChunks>;
     const WorkParams& p;
     Shared& s;
     int warp, lane;
-    Ring<kKeyStages> keys;  // of the next tile
+    Ring<kKeyStages> keys;  // the places of the next tile
     Ring<kValueStages> values;
     Place place;
     i64 k, v;  // addresses of this lane's chunk of row 0, for the item's KV head
     int k_stride, v_stride;  // bytes
+
+    // This warp's share of a tile.
+    struct Share {
+        int count;  // tokens; the rest is zero
+        int row;    // of K and V: the token's that this lane knows
+        int run;    // where all rows follow one another: the first; else -1
+    };
 
     __device__ __forceinline__ Producer(const WorkParams& p, Shared& s)
         : p(p), s(s), warp(threadIdx.x / kWarpSize - kConsumerWarps), lane(threadIdx.x % kWarpSize),
@@ -147,12 +178,11 @@ struct Producer {
         v = i64(p.v + item.kv_head * p.v_stride_head + lane % kChunks * 8);
         SegmentStream segments(p, item, lane);
 #pragma unroll 1
-        for (int done = 0; done < item.tokens; done += kTileTokens) {
-            const int tokens = min(item.tokens - done, kTileTokens);
+        for (int begin = 0; begin < item.tokens; begin += kTileTokens) {
             barrier_wait(s.k_empty[keys.stage], keys.parity ^ 1);
-            const Share share = lay_out_tile(item, segments, tokens);
+            const Share share = lay_out(item, segments, begin, min(begin + kTileTokens, item.tokens));
             copy_share(share, s.k[keys.stage], k, k_stride);
-            if (done == 0) load_queries(query, slot);
+            if (begin == 0) load_queries(query, slot);
             __syncwarp();  // the tile's view is written
             arrive_after_copies(shared_address(&s.k_full[keys.stage]));
             if (lane == 0) barrier_arrive(s.k_full[keys.stage]);
@@ -176,64 +206,78 @@ struct Producer {
             const int in_warp = pass * Place::kRowsPerPass + lane / kChunks;
             const i64 from = __shfl_sync(0xffffffffu, offset, in_warp);
             const bool valid = __shfl_sync(0xffffffffu, int(own.valid), in_warp);
-            copy_async_16(tile + to.offset(pass), i64(p.q + from + lane % kChunks * 8), valid);
+            copy_async_16(tile + to.offset(pass), p.q + from + lane % kChunks * 8, valid);
         }
     }
 
-    // This warp's share of a tile: rows of K and V.
-    struct Share {
-        int count;      // rows; the rest is zero
-        int token;      // the row that this lane knows
-        int run_token;  // where all rows follow one another: the first; else -1
-    };
-
-    // Takes the next `tokens` tokens off the stream, and notes who sees them: the rest of the tile, nobody.
-    __device__ __forceinline__ Share lay_out_tile(const WorkItem& item, SegmentStream& segments, int tokens) {
-        const int num_rows = item.num_requests * p.group;
-        const int first = warp * kWarpTokens;
+    // Finds this warp's share of the tile of tokens [begin, end) of the item, and notes who sees them: those past the
+    // item's last, nobody.
+    __device__ __forceinline__ Share lay_out(const WorkItem& item, SegmentStream& segments, int begin, int end) {
+        const int first = begin + warp * kWarpTokens;
         const int own = first + lane % kWarpTokens;
-        Share share{tokens - first, 0, -1};
-        int visible = 0;
-        TileView view{kRows, 0, 0, tokens < kTileTokens ? 0 : kRows};
-#pragma unroll 1
-        for (int filled = 0; filled < tokens;) {
-            const Segment& run = segments.current;
-            const int taken = min(run.kv_len, tokens - filled);
-            if (own >= filled && own < filled + taken) {
-                share.token = run.kv_begin + own - filled;
-                visible = run.row_begin | (run.row_end - run.row_begin) << 8;
-            }
-            const bool whole = first >= filled && first + kWarpTokens <= filled + taken;
-            if (whole) share.run_token = run.kv_begin + first - filled;
-            view.any_begin = min(view.any_begin, run.row_begin);
-            view.any_end = max(view.any_end, run.row_end);
-            view.all_begin = max(view.all_begin, run.row_begin);
-            // What rows past the last compute is never looked at.
-            view.all_end = min(view.all_end, run.row_end == num_rows ? kRows : run.row_end);
-            filled += taken;
-            segments.take(taken);
+        const int num_rows = item.num_requests * p.group;
+        Share share{end - first, 0, -1};
+        int visible = 0;  // as two bytes: the first row that sees the token, and how many do
+        TileView view{kRows, 0, 0, end - begin < kTileTokens ? 0 : kRows};
+        const u32 whole = __ballot_sync(0xffffffffu, segments.held_begin <= begin && segments.held_end >= end);
+        if (whole != 0) {
+            const int from = __ffs(whole) - 1;
+            const int row = __shfl_sync(0xffffffffu, segments.shift(), from) + first;
+            const int rows = __shfl_sync(0xffffffffu, segments.visible(), from);
+            share.row = row + lane % kWarpTokens;
+            if (own < end) visible = rows;
+            if (share.count >= kWarpTokens) share.run = row;
+            view.add(rows & 0xff, (rows & 0xff) + (rows >> 8), num_rows);
+        } else {
+            search(segments, begin, end, num_rows, own, share, visible, view);
         }
-        if (lane < kWarpTokens) s.visible[keys.view()][own] = u16(visible);
+        if (lane < kWarpTokens) s.visible[keys.view()][warp * kWarpTokens + lane] = u16(visible);
         if (warp == 0 && lane == 0) s.view[keys.view()] = view;
         return share;
     }
+    // The same for a tile of several segments.
+    __device__ __forceinline__ void search(SegmentStream& segments, int begin, int end, int num_rows, int own, Share& share,
+                                           int& visible, TileView& view) {
+        for (int held_from = begin;;) {
+            const int held_to = segments.end();
+            const int from = segments.find(own);
+            const int row = __shfl_sync(0xffffffffu, segments.shift(), from) + own;
+            const int rows = __shfl_sync(0xffffffffu, segments.visible(), from);
+            if (own >= held_from && own < min(held_to, end)) {
+                share.row = row;
+                visible = rows;
+            }
+            if (warp == 0 && max(segments.held_begin, begin) < min(segments.held_end, end)) {
+                view.add(segments.held.row_begin, segments.held.row_end, num_rows);
+            }
+            if (held_to >= end) break;
+            segments.advance(held_to);
+            held_from = held_to;
+        }
+        const int run = __shfl_sync(0xffffffffu, share.row, 0);
+        const bool follows = share.row == run + lane % kWarpTokens;
+        if (__all_sync(0xffffffffu, follows) && share.count >= kWarpTokens) share.run = run;
+        if (warp == 0) view.reduce();
+    }
 
     // Starts the copy of this warp's share of a tile.
-    __device__ __forceinline__ void copy_share(const Share& share, const void* tile, i64 base, int stride) {
+    __device__ __forceinline__ void copy_share(const Share& share, const void* tile, i64 base, int stride) const {
         const u32 to = shared_address(tile);
         constexpr int kPasses = kWarpTokens / Place::kRowsPerPass;
-        if (share.run_token >= 0) {
-            const i64 run = row_address(base, share.run_token + lane / kChunks, stride);
+        if (share.run >= 0) {
+            const i64 step = i64(stride) * Place::kRowsPerPass;
+            i64 from = row_address(base, share.run + lane / kChunks, stride);
 #pragma unroll
-            for (int pass = 0; pass < kPasses; ++pass) {
-                copy_async_16(to + place.offset(pass), row_address(run, pass * Place::kRowsPerPass, stride));
+            for (int pass = 0; pass < kPasses; ++pass, from += step) {
+                ::copy_async_16(to + place.offset(pass), reinterpret_cast<const void*>(from));
             }
         } else {
 #pragma unroll
             for (int pass = 0; pass < kPasses; ++pass) {
                 const int in_warp = pass * Place::kRowsPerPass + lane / kChunks;
-                const int from = __shfl_sync(0xffffffffu, share.token, in_warp);
-                copy_async_16(to + place.offset(pass), row_address(base, from, stride), in_warp < share.count);
+                const int row = __shfl_sync(0xffffffffu, share.row, in_warp);
+                copy_async_16(to + place.offset(pass), reinterpret_cast<const void*>(row_address(base, row, stride)),
+                              in_warp < share.count);
             }
         }
     }
@@ -242,12 +286,6 @@ struct Producer {
         i64 address;
         asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(address) : "r"(row), "r"(stride_bytes), "l"(base));
         return address;
-    }
-    static __device__ __forceinline__ void copy_async_16(u32 to, i64 from) {
-        ::copy_async_16(to, reinterpret_cast<const void*>(from));
-    }
-    static __device__ __forceinline__ void copy_async_16(u32 to, i64 from, bool valid) {
-        ::copy_async_16(to, reinterpret_cast<const void*>(from), valid);
     }
 };
 
@@ -271,8 +309,10 @@ struct Consumer {
     __device__ __forceinline__ void run() {
         int end = 0;   // of the item's tiles
         int turn = 0;  // of the items that have tokens
-        bool first = true;
-        for (int index = blockIdx.x; index >= 0; first = false) {
+        // The warpgroups write in turn: while one does, the other is at the next item's tiles.
+        int writer = 0;
+        if (kRowGroups == 2 && group == 1) named_arrive(kTurn, 2 * kGroupThreads);
+        for (int index = blockIdx.x; index >= 0; writer ^= 1) {
             const WorkItem& item = p.items[index];
             const int next = item.next;
             fetch_ahead(item, next);
@@ -284,15 +324,13 @@ struct Consumer {
                 ++turn;
             }
             rows.finish();
-            if (kTokenGroups == 2) {
-                if (group == 1) {
-                    give(first);
-                } else {
-                    receive(next < 0);
-                    write(item);
-                }
-            } else {
+            if (kTokenGroups == 1) {
                 write(item);
+            } else if (group == writer) {
+                receive();
+                write(item);
+            } else {
+                give();
             }
             index = next;
         }
@@ -301,7 +339,9 @@ struct Consumer {
     // Brings near what is needed at the item's end.
     __device__ __forceinline__ void fetch_ahead(const WorkItem& item, int next) const {
         prefetch(p.items + max(next, 0));
-        prefetch(p.request_order + item.first_position + min(rows.first_row / p.group, item.num_requests - 1));
+        if (item.first_request < 0) {
+            prefetch(p.request_order + item.first_position + min(rows.first_row / p.group, item.num_requests - 1));
+        }
     }
     static __device__ __forceinline__ void prefetch(const void* address) {
         asm volatile("prefetch.global.L1 [%0];" ::"l"(address));
@@ -317,18 +357,22 @@ struct Consumer {
         if (tile >= end) return;
         WarpgroupRows::Scores scores;
         start_scores(scores, queries);
+        WarpgroupRows::View view = rows.view_of(s.view[keys.view()]);
         products_wait<0>(scores);
         arrive(s.k_empty[keys.stage]);
-        weigh(scores, [] {});
+        weigh(scores, view, [] {});
         Ring<kValueStages> behind = values;  // the tile whose values are still to be added
         advance();
 #pragma unroll 1
         while (tile < end) {
+            if (kRowGroups == 2) named_sync(kTurn + group, 2 * kGroupThreads);
             start_scores(scores, queries);
+            view = rows.view_of(s.view[keys.view()]);
             start_values(behind);
+            if (kRowGroups == 2) named_arrive(kTurn + (group ^ 1), 2 * kGroupThreads);
             products_wait<1>(scores);
             arrive(s.k_empty[keys.stage]);
-            weigh(scores, [&] { arrive(s.v_empty[behind.stage]); });
+            weigh(scores, view, [&] { arrive(s.v_empty[behind.stage]); });
             behind = values;
             advance();
         }
@@ -347,9 +391,10 @@ struct Consumer {
         rows.start_values(shared_address(s.v[place.stage]));
     }
     template <typename AfterValues>
-    __device__ __forceinline__ void weigh(WarpgroupRows::Scores& scores, const AfterValues& after_values) {
-        rows.weigh(scores, s.view[keys.view()], shared_address(s.visible[keys.view()]),
-                   ScoreScale{p.sm_scale, p.logit_cap}, after_values);
+    __device__ __forceinline__ void weigh(WarpgroupRows::Scores& scores, const WarpgroupRows::View& view,
+                                          const AfterValues& after_values) {
+        rows.weigh(scores, view, shared_address(s.visible[keys.view()]), ScoreScale{p.sm_scale, p.logit_cap},
+                   after_values);
     }
     __device__ __forceinline__ void advance() {
         tile += kTokenGroups;
@@ -357,22 +402,23 @@ struct Consumer {
         values.advance(kTokenGroups);
     }
 
-    // The second token group leaves its state in shared memory, in the order of the accumulators ...
-    __device__ __forceinline__ void give(bool first_item) {
+    // One token group leaves its state in shared memory, in the order of the accumulators. It has taken what was there
+    // before: it was the last to receive.
+    __device__ __forceinline__ void give() {
         const int thread = threadIdx.x % kGroupThreads;
-        if (!first_item) named_sync(kExchangeEmpty, 2 * kGroupThreads);
+        __syncwarp();
 #pragma unroll
         for (int i = 0; i < kOutputs; ++i) s.exchange[i * kGroupThreads + thread] = rows.o[i];
         if (thread % 4 == 0) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) s.exchange_state[rows.first_row + half * 8] = rows.state[half];
         }
-        named_arrive(kExchangeFull, 2 * kGroupThreads);
+        named_arrive(kExchange + group, 2 * kGroupThreads);
     }
-    // ... and the first adds it to its own.
-    __device__ __forceinline__ void receive(bool last_item) {
+    // ... and the other adds it to its own.
+    __device__ __forceinline__ void receive() {
         const int thread = threadIdx.x % kGroupThreads;
-        named_sync(kExchangeFull, 2 * kGroupThreads);
+        named_sync(kExchange + (group ^ 1), 2 * kGroupThreads);
         float own[2], other[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -388,7 +434,6 @@ struct Consumer {
         for (int i = 0; i < kOutputs; ++i) {
             rows.o[i] = rows.o[i] * own[i / 2 % 2] + s.exchange[i * kGroupThreads + thread] * other[i / 2 % 2];
         }
-        if (!last_item) named_arrive(kExchangeEmpty, 2 * kGroupThreads);
     }
 
     // Writes the item's outputs, or its partial ones; the last piece merges them all.
@@ -529,7 +574,7 @@ struct Consumer {
         }
     }
 
-    static constexpr int kExchangeFull = 1, kExchangeEmpty = 2, kOwnGroup = 3;  // named barriers
+    static constexpr int kExchange = 1, kOwnGroup = 3, kTurn = 5;  // named barriers, one for each warpgroup
 };
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) tree_decode_sm90(const __grid_constant__ WorkParams p) {

@@ -30,11 +30,11 @@ struct SoftmaxState {
     float m = -kInfinity;  // reference score, base 2; no score so far exceeds it by more than kSlack
     float l = 0.0f;        // sum of 2^(score - m)
 
-    // Makes `score` representable; returns the factor that l and the output gathered so far must take. No branches:
-    // several rows' chains of dependent instructions can then overlap.
+    // Makes `score` representable; returns the factor that l and the output gathered so far must take: 0 from the empty
+    // state, where there is nothing to scale. No branches: several rows' chains of dependent instructions can overlap.
     __device__ __forceinline__ float raise(float score) {
         const bool moves = score > m + kSlack;
-        const float factor = moves && m != -kInfinity ? exp2_approx(m - score) : 1.0f;  // empty: nothing to scale
+        const float factor = exp2_approx(moves ? m - score : 0.0f);
         m = moves ? score : m;
         l *= factor;
         return factor;
@@ -57,13 +57,11 @@ struct ScoreScale {
         return kSoftCap ? capped(dot) : dot * (scale * kLog2e);
     }
 
-    // The same in two steps, of which the first is rarely needed: score = pass(dot) * factor(), and the factor is
-    // positive, so that the largest pass(dot) has the largest score, and what is -inf stays so.
-    __device__ __forceinline__ bool needs_pass() const { return kSoftCap || scale < 0.0f; }
-    __device__ __forceinline__ float pass(float dot) const { return kSoftCap ? capped(dot) : -dot; }
-    __device__ __forceinline__ float factor() const {
-        return kSoftCap ? 1.0f : fmaxf(fabsf(scale) * kLog2e, 1e-30f);
-    }
+    // The same in two steps: score = pass(dot) * factor(). Where scores are capped or the scale is negative the first one
+    // does it all, and kSoftCap must be set; else it is left out. The factor is positive, so that the largest pass(dot)
+    // has the largest score, and what is -inf stays so.
+    __device__ __forceinline__ float pass(float dot) const { return cap > 0.0f ? capped(dot) : dot * (scale * kLog2e); }
+    __device__ __forceinline__ float factor() const { return kSoftCap ? 1.0f : fmaxf(scale * kLog2e, 1e-30f); }
 
     __device__ __forceinline__ float capped(float dot) const {
         const float ratio = dot * (scale / cap);

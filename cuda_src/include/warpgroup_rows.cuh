@@ -20,6 +20,21 @@ static_assert(kTileTokens == 64 || kTileTokens == 128, "the shapes of products t
 struct alignas(16) TileView {
     int any_begin, any_end;  // outside, no row sees any token
     int all_begin, all_end;  // inside, every row sees every token
+
+    // Adds a segment that rows [begin, end) of num_rows see. What rows past the last compute is never looked at.
+    __device__ __forceinline__ void add(int begin, int end, int num_rows) {
+        any_begin = min(any_begin, begin);
+        any_end = max(any_end, end);
+        all_begin = max(all_begin, begin);
+        if (end < num_rows) all_end = min(all_end, end);
+    }
+    // Adds up what the lanes of a warp have added.
+    __device__ __forceinline__ void reduce() {
+        any_begin = __reduce_min_sync(0xffffffffu, any_begin);
+        any_end = __reduce_max_sync(0xffffffffu, any_end);
+        all_begin = __reduce_max_sync(0xffffffffu, all_begin);
+        all_end = __reduce_min_sync(0xffffffffu, all_end);
+    }
 };
 
 // 64 rows, and of each its softmax state and output over the tokens seen so far. A thread holds a part of two rows,
@@ -64,40 +79,41 @@ struct WarpgroupRows {
         products_commit();
     }
 
+    // What a warp's rows see of a tile.
+    struct View {
+        bool any;    // false: no row sees any token
+        bool whole;  // every row sees every token
+    };
+    __device__ __forceinline__ View view_of(const TileView& tile) const {
+        const int begin = first_row / 16 * 16, end = begin + 16;
+        return {tile.any_begin < end && tile.any_end > begin, tile.all_begin <= begin && tile.all_end >= end};
+    }
+
     // Scores into the weights of the tile whose values are added next. visible: address of two bytes a token, the first
     // row that sees it and, in the upper byte, how many do. after_values(): called when the values of the tile before
     // have been added. The output is always rescaled, though rarely by anything but 1: around a branch the compiler
     // would serialise the products.
     template <typename AfterValues>
-    __device__ __forceinline__ void weigh(Scores& s, const TileView& view, u32 visible, const ScoreScale& to_score,
+    __device__ __forceinline__ void weigh(Scores& s, const View& view, u32 visible, const ScoreScale& to_score,
                                           const AfterValues& after_values) {
-        float factor[2];
-        const bool any = softmax(s, factor, view, visible, to_score);
+        float factor[2] = {1.0f, 1.0f};
+        if (view.any) {
+            if (kSoftCap) {
+#pragma unroll
+                for (int i = 0; i < kTileTokens / 2; ++i) s[i] = to_score.pass(s[i]);
+            }
+            if (!view.whole) hide(s, visible);
+            exponentials(s, factor, to_score);
+        }
         products_wait<0>(o);
         after_values();
 #pragma unroll
-        for (int i = 0; i < kTileTokens / 4; ++i) weights[i] = any ? Element::pack(s[2 * i], s[2 * i + 1]) : 0;
+        for (int i = 0; i < kTileTokens / 4; ++i) weights[i] = view.any ? Element::pack(s[2 * i], s[2 * i + 1]) : 0;
         scale_outputs(factor);
     }
 
-    // False where no row of the warp sees any token.
-    __device__ __forceinline__ bool softmax(Scores& s, float (&factor)[2], const TileView& view, u32 visible,
-                                            const ScoreScale& to_score) {
-        factor[0] = factor[1] = 1.0f;
-        const int warp_row = first_row / 16 * 16;
-        if (view.any_begin >= warp_row + 16 || view.any_end <= warp_row) return false;
-        const bool partly = view.all_begin > warp_row || view.all_end < warp_row + 16;
-        exponentials(s, factor, partly ? visible : 0, to_score);
-        return true;
-    }
-    // Turns scores into weights, in place; `visible` is 0 where nothing is hidden. `factor` is what outputs must take.
-    __device__ __forceinline__ void exponentials(Scores& s, float (&factor)[2], u32 visible,
-                                                 const ScoreScale& to_score) {
-        if (to_score.needs_pass()) {
-#pragma unroll
-            for (int i = 0; i < kTileTokens / 2; ++i) s[i] = to_score.pass(s[i]);
-        }
-        if (visible != 0) hide(s, visible);
+    // Turns scores into weights, in place. `factor` is what outputs must take.
+    __device__ __forceinline__ void exponentials(Scores& s, float (&factor)[2], const ScoreScale& to_score) {
         const float scale = to_score.factor();
         float highest[2][2];  // of the row's even and odd columns: short chains of dependent instructions
 #pragma unroll
@@ -130,18 +146,34 @@ struct WarpgroupRows {
         for (int half = 0; half < 2; ++half) state[half].l += sum[half][0] + sum[half][1];  // see finish()
     }
 
+    // Hides from each row what it does not see. Lane l takes tokens 2 l and 2 l + 1 (of each 64) and finds the warp's rows
+    // that see them, 16 bits a token; a lane then gets those of its own columns by shuffles.
     __device__ __forceinline__ void hide(Scores& s, u32 visible) const {
-        const u32 own_columns = visible + threadIdx.x % 4 * 4;
+        const int lane = threadIdx.x % 32;
+        u32 seen_by[kTileTokens / 64];
+#pragma unroll
+        for (int k = 0; k < kTileTokens / 64; ++k) seen_by[k] = rows_of_pair(load_shared(visible + lane * 4 + k * 128));
 #pragma unroll
         for (int j = 0; j < kTileTokens / 8; ++j) {
-            const u32 pair = load_shared(own_columns + j * 16);
+            const u32 rows = __shfl_sync(0xffffffffu, seen_by[j / 8], j % 8 * 4 + lane % 4) >> (lane / 4);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const u32 begin = pair >> (i % 2 * 16) & 0xff;
-                const u32 count = pair >> (i % 2 * 16 + 8) & 0xff;
-                if (u32(first_row + i / 2 * 8) - begin >= count) s[4 * j + i] = -kInfinity;
+                if (!(rows & 1u << (i / 2 * 8 + i % 2 * 16))) s[4 * j + i] = -kInfinity;
             }
         }
+    }
+    // Which of the warp's 16 rows see a token, for a token in each half.
+    __device__ __forceinline__ u32 rows_of_pair(u32 visible) const {
+        const int warp_row = first_row / 16 * 16;
+        u32 rows = 0;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int begin = int(visible >> (i * 16) & 0xff) - warp_row;
+            const int end = begin + int(visible >> (i * 16 + 8) & 0xff);
+            const u32 below_end = (1u << min(max(end, 0), 16)) - 1, below_begin = (1u << min(max(begin, 0), 16)) - 1;
+            rows |= (below_end & ~below_begin) << (i * 16);
+        }
+        return rows;
     }
 
     __device__ __forceinline__ void scale_outputs(const float (&factor)[2]) {

@@ -15,7 +15,8 @@ struct alignas(16) WorkItem {
     int piece, pieces;   // this is piece `piece` of `pieces` of the rows' tokens; pieces > 1: outputs are partial
     int first_partial;   // block of mid_o of piece 0; its pieces follow one another
     int counter;         // counters[counter] counts the pieces that are done
-    int padding[2];
+    int first_request;   // where its requests follow one another in Q and O: the first; else -1
+    int padding;
     Segment first;       // without what earlier pieces attend to
 };
 static_assert(sizeof(WorkItem) == 64, "as ITEM_FIELDS in balanced.py");

@@ -306,7 +306,7 @@ def run_workers(
     strides = (*q.strides[:2], *k.strides[:2], *v.strides[:2], *o.strides[:2])
     numbers = (num_segments, num_qo_heads // k.shape[1], sm_scale, logit_cap, is_aligned(o), num_qo_heads)
     params = np.array((*pointers, *strides, *numbers), WORK_PARAMS)
-    launch = worker_launch(q.dtype, head_dim, row_groups, logit_cap > 0, q.device[1])
+    launch = worker_launch(q.dtype, head_dim, row_groups, logit_cap > 0 or sm_scale < 0, q.device[1])
     with stream.launches():
         launch((workers, 1, 1), params)
 

@@ -33,7 +33,7 @@ MOST_ROW_GROUPS = 2
 
 ITEM_FIELDS = (
     "first_position", "num_requests", "kv_head", "tokens", "next", "next_segment", "piece", "pieces",
-    "first_partial", "counter", "padding", "padding", "kv_begin", "kv_len", "row_begin", "row_end",
+    "first_partial", "counter", "first_request", "padding", "kv_begin", "kv_len", "row_begin", "row_end",
 )  # fmt: skip
 """Columns of `BalancedPlan.items`: struct WorkItem of cuda_src/include/work.cuh."""
 
@@ -130,7 +130,7 @@ def plan(
     estimate, row_groups, requests, tokens, pieces = min(candidates, key=lambda candidate: candidate[0])
     bounds, segments = _segments(layout, tree.batch_size, group, requests)
     step_tokens = STEP_TOKENS[row_groups]
-    items, partials, counters = _items(pieces, bounds, segments, tokens, tree.batch_size, requests, step_tokens)
+    items, partials, counters = _items(pieces, bounds, segments, tokens, request_order, requests, step_tokens)
     workers = int(pieces[-1, 3]) + 1
     return BalancedPlan(items, segments, request_order, row_groups, workers, partials, counters, estimate)
 
@@ -198,18 +198,28 @@ def _segments(layout: _Layout, batch: int, group: int, requests: int) -> tuple[I
 
 
 @njit(cache=True)
+def _shares(steps: Int64Array, longest: int, shares: Int64Array) -> int:
+    """Fill `shares` with the pieces of each tile when none is longer than `longest` steps, and return their sum."""
+    total = 0
+    for tile in range(len(steps)):
+        shares[tile] = max(1, -(-steps[tile] // longest))
+        total += shares[tile]
+    return total
+
+
+@njit(cache=True)
 def _each(steps: Int64Array, num_kv_heads: int, workers: int) -> Int64Array:
-    """Cut every tile evenly, over as many workers as it gets; rows as `_in_line` returns them."""
+    """Cut every tile evenly into pieces as short as the workers allow, one a worker; rows as `_in_line` returns them."""
     num_tiles = len(steps)
     shares = np.ones(num_tiles, np.int64)
-    for _ in range(workers // num_kv_heads - num_tiles):  # the next worker goes where the pieces are longest
-        worst = 0
-        for tile in range(1, num_tiles):
-            if steps[tile] * shares[worst] > steps[worst] * shares[tile]:
-                worst = tile
-        if steps[worst] < _SHORTEST_PIECE * (shares[worst] + 1):
-            break
-        shares[worst] += 1
+    low, high = _SHORTEST_PIECE, max(_SHORTEST_PIECE, steps.max())  # steps of the longest piece
+    while low < high:
+        middle = (low + high) // 2
+        if num_kv_heads * _shares(steps, middle, shares) <= workers:
+            high = middle
+        else:
+            low = middle + 1
+    _shares(steps, high, shares)
     pieces = np.empty((num_kv_heads * shares.sum(), 4), np.int64)
     at = 0
     for head in range(num_kv_heads):
@@ -277,12 +287,21 @@ def _longest(pieces: Int64Array, item_steps: float) -> tuple[float, int]:
 
 
 @njit(cache=True)
+def _first_of_run(requests: Int32Array) -> int:
+    """The first of requests that follow one another, else -1."""
+    for i in range(1, len(requests)):
+        if requests[i] != requests[0] + i:
+            return -1
+    return requests[0]
+
+
+@njit(cache=True)
 def _items(
     pieces: Int64Array,
     bounds: Int64Array,
     segments: Int32Array,
     tokens: Int64Array,
-    batch: int,
+    request_order: Int32Array,
     requests: int,
     step_tokens: int,
 ) -> tuple[Int32Array, int, int]:
@@ -314,7 +333,7 @@ def _items(
             previous[worker] = index
             item = items[index]
             item[0] = tile * requests
-            item[1] = min(requests, batch - tile * requests)
+            item[1] = min(requests, len(request_order) - tile * requests)
             item[2] = unit // num_tiles
             item[3] = min(tokens[tile], end_step * step_tokens) - first
             item[4] = -1
@@ -323,6 +342,7 @@ def _items(
             if count > 1:
                 item[8] = partials
                 item[9] = counters
+            item[10] = _first_of_run(request_order[item[0] : item[0] + item[1]])
             if item[3] > 0:
                 while begin + segments[segment, 1] <= first:
                     begin += segments[segment, 1]
