@@ -45,7 +45,7 @@ struct Shared {
     TileView view[2 * kKeyStages];
     u16 visible[2 * kKeyStages][kTileTokens];
     Barrier k_full[kKeyStages], k_empty[kKeyStages], v_full[kValueStages], v_empty[kValueStages], q_empty[2];
-    int last[2];  // whether a warpgroup's piece was the last of its rows
+    int merge[2];  // what a warpgroup is to merge
 };
 static_assert(sizeof(Shared) == FT_SHARED_BYTES, "host and device agree on shared memory");
 
@@ -324,13 +324,11 @@ struct Consumer {
                 ++turn;
             }
             rows.finish();
-            if (kTokenGroups == 1) {
-                write(item);
-            } else if (group == writer) {
-                receive();
-                write(item);
-            } else {
+            if (kTokenGroups == 2 && group != writer) {
                 give();
+            } else {
+                if (kTokenGroups == 2) receive();
+                write(WorkItem(item));
             }
             index = next;
         }
@@ -436,16 +434,23 @@ struct Consumer {
         }
     }
 
-    // Writes the item's outputs, or its partial ones; the last piece merges them all.
+    // Writes the item's outputs, or its partial ones; the last piece merges them all, or the workers of the last pieces do
+    // so together.
     __device__ __forceinline__ void write(const WorkItem& item) {
         normalise();
-        if (item.pieces > 1) {
-            write_partial(item);
-            if (!is_last(item)) return;
+        if (item.pieces == 1) {
+            write_outputs(item);
+            return;
+        }
+        write_partial(item);
+        named_sync(kOwnGroup + group, kGroupThreads);
+        if (item.slices > 0) {
+            merge_together(item);
+        } else if (is_last(item)) {
             merge(item);
             normalise();
+            write_outputs(item);
         }
-        write_outputs(item);
     }
     __device__ __forceinline__ void normalise() {
         const float factor[2] = {rows.state[0].normaliser(), rows.state[1].normaliser()};
@@ -477,17 +482,143 @@ struct Consumer {
         }
     }
 
+    __device__ __forceinline__ bool leads() const { return threadIdx.x % kGroupThreads == 0; }
+
     // Whether this piece is the last of its rows to be done.
     __device__ __forceinline__ bool is_last(const WorkItem& item) {
-        named_sync(kOwnGroup + group, kGroupThreads);
-        if (threadIdx.x % kGroupThreads == 0) {
+        if (leads()) {
             int* counter = p.counters + item.counter * kRowGroups + row_group;
             const bool last = add_acquire_release(counter, 1) == item.pieces - 1;
             if (last) *counter = 0;  // for the next launch
-            s.last[group] = last;
+            s.merge[group] = last;
         }
         named_sync(kOwnGroup + group, kGroupThreads);
-        return s.last[group];
+        return s.merge[group];
+    }
+
+    // Where all workers end with the same rows, each of the last ones merges a slice of the columns. They wait for the
+    // last piece, but not for ever: it need not be on the chip yet. Its worker takes what is left, so that nobody depends
+    // on a worker that waits.
+    __device__ __forceinline__ void merge_together(const WorkItem& item) {
+        int* done = p.counters + item.counter * kRowGroups + row_group * (2 + item.slices);
+        int* generation = done + 1;  // the number of launches so far
+        int* taken = done + 2;       // for each slice, the launch that was the last to merge it
+        int launch = 0;              // of the leading warp
+        if (leads()) {
+            launch = load_acquire(generation) + 1;
+            const int slice = item.pieces - 1 - add_acquire_release(done, 1);
+            bool ready = slice == 0;
+            if (ready) {
+                *done = 0;
+                store_release(generation, launch);
+            } else if (slice < item.slices) {
+                for (int poll = 0; poll < kPolls && !ready; ++poll) ready = load_acquire(generation) == launch;
+            }
+            s.merge[group] = ready && atomicExch(taken + slice, launch) != launch ? slice : -1;
+        }
+        bool last = false;
+        for (bool first = true;; first = false) {
+            named_sync(kOwnGroup + group, kGroupThreads);
+            const int slice = s.merge[group];
+            if (slice < 0) return;
+            if (first) last = slice == 0;
+            merge_slice(item, slice);
+            if (!last) return;
+            named_sync(kOwnGroup + group, kGroupThreads);
+            if (threadIdx.x % kGroupThreads < kWarpSize) find_left(item, taken, __shfl_sync(0xffffffffu, launch, 0));
+        }
+    }
+    // Takes a slice that nobody has taken; -1: there is none. By a warp.
+    __device__ __forceinline__ void find_left(const WorkItem& item, int* taken, int launch) {
+        const int lane = threadIdx.x % kWarpSize;
+        int found = -1;
+        for (;;) {
+            const bool left = lane < item.slices && load_acquire(taken + lane) != launch;
+            const u32 all = __ballot_sync(0xffffffffu, left);
+            if (all == 0) break;
+            const int slice = __ffs(all) - 1;
+            int before = launch;
+            if (lane == 0) before = atomicExch(taken + slice, launch);
+            if (__shfl_sync(0xffffffffu, before, 0) == launch) continue;
+            found = slice;
+            break;
+        }
+        if (lane == 0) s.merge[group] = found;
+    }
+
+    __device__ __forceinline__ void merge_slice(const WorkItem& item, int slice) {
+        if (!has_rows(item)) return;
+        if (item.slices == kChunks) {
+            merge_chunks<1>(item, slice);
+        } else if (item.slices == kChunks / 2) {
+            merge_chunks<2>(item, slice);
+        } else {
+            merge_chunks<4>(item, slice);
+        }
+    }
+    // Merges some chunks of 8 columns: several pieces are fetched at a time, and added in their order.
+    template <int kSliceChunks>
+    __device__ __forceinline__ void merge_chunks(const WorkItem& item, int slice) {
+        constexpr int kPart = 4 * kSliceChunks;      // of a thread's accumulators
+        constexpr int kAtATime = 16 / kSliceChunks;  // pieces
+        float o[kPart] = {};
+        rows.state[0] = rows.state[1] = SoftmaxState{};
+#pragma unroll 1
+        for (int first = 0; first < item.pieces; first += kAtATime) {
+            float fetched[kAtATime][kPart], lse[kAtATime][2];
+#pragma unroll
+            for (int i = 0; i < kAtATime; ++i) {
+                const i64 from = partial(item, min(first + i, item.pieces - 1));
+                const float* part = p.mid_o + (from * kOutputs + slice * kPart) * kGroupThreads;
+#pragma unroll
+                for (int row = 0; row < 2; ++row) lse[i][row] = __ldcg(partial_lse(from, row));
+#pragma unroll
+                for (int j = 0; j < kPart; ++j) {
+                    fetched[i][j] = __ldcg(part + j * kGroupThreads + threadIdx.x % kGroupThreads);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < kAtATime; ++i) {
+                if (first + i < item.pieces) add_piece<kPart>(o, fetched[i], lse[i]);
+            }
+        }
+        const float factor[2] = {rows.state[0].normaliser(), rows.state[1].normaliser()};
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const QueryRow row(p, item, rows.first_row + half * 8);
+            if (slice == 0) write_lse(row, half);
+            u16* to = p.o + row.request * p.o_stride_request + row.head * p.o_stride_head;
+#pragma unroll
+            for (int j = 0; j < kSliceChunks; ++j) {
+                const float* pair = o + 4 * j + 2 * half;
+                const u32 packed = Element::pack(pair[0] * factor[half], pair[1] * factor[half]);
+                if (row.valid) store_pair(to + (slice * kSliceChunks + j) * 8 + threadIdx.x % 4 * 2, packed);
+            }
+        }
+    }
+    __device__ __forceinline__ void store_pair(u16* to, u32 pair) const {
+        if (p.o_aligned) {
+            *reinterpret_cast<u32*>(to) = pair;
+        } else {
+            to[0] = u16(pair);
+            to[1] = u16(pair >> 16);
+        }
+    }
+    // Adds a part of a piece's accumulators to o, and its two rows' LSE to the states.
+    template <int kPart>
+    __device__ __forceinline__ void add_piece(float* o, const float* piece, const float (&lse)[2]) {
+        float weight[2], factor[2];
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+            SoftmaxState& state = rows.state[row];
+            const float m = fmaxf(state.m, lse[row]);
+            factor[row] = exp2_approx(state.m - SoftmaxState::finite_base(m));
+            weight[row] = exp2_approx(lse[row] - SoftmaxState::finite_base(m));
+            state.l = state.l * factor[row] + weight[row];
+            state.m = m;
+        }
+#pragma unroll
+        for (int i = 0; i < kPart; ++i) o[i] = o[i] * factor[i / 2 % 2] + piece[i] * weight[i / 2 % 2];
     }
 
     // Half of a thread's accumulators of a piece, and the LSE of its two rows.
@@ -519,21 +650,7 @@ struct Consumer {
             for (int piece = 0; piece < item.pieces; ++piece) {
                 const Partial current = ahead;
                 if (piece + 1 < item.pieces) ahead = fetch(item, piece + 1, half);
-                float weight[2], factor[2];
-#pragma unroll
-                for (int row = 0; row < 2; ++row) {
-                    SoftmaxState& state = rows.state[row];
-                    const float m = fmaxf(state.m, current.lse[row]);
-                    factor[row] = exp2_approx(state.m - SoftmaxState::finite_base(m));
-                    weight[row] = exp2_approx(current.lse[row] - SoftmaxState::finite_base(m));
-                    state.l = state.l * factor[row] + weight[row];
-                    state.m = m;
-                }
-#pragma unroll
-                for (int i = 0; i < kOutputs / 2; ++i) {
-                    float& o = rows.o[half * (kOutputs / 2) + i];
-                    o = o * factor[i / 2 % 2] + current.o[i] * weight[i / 2 % 2];
-                }
+                add_piece<kOutputs / 2>(rows.o + half * (kOutputs / 2), current.o, current.lse);
             }
         }
     }
@@ -542,9 +659,7 @@ struct Consumer {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const QueryRow row(p, item, rows.first_row + half * 8);
-            if (p.lse != nullptr && row.valid && threadIdx.x % 4 == 0) {
-                p.lse[row.request * p.qo_heads + row.head] = rows.state[half].natural_lse();
-            }
+            write_lse(row, half);
             u16* to = p.o + row.request * p.o_stride_request + row.head * p.o_stride_head;
             if (p.o_aligned) {
                 write_row(half, row.valid, [to](int column, u32 low, u32 high) {
@@ -558,6 +673,11 @@ struct Consumer {
                     to[column + 3] = u16(high >> 16);
                 });
             }
+        }
+    }
+    __device__ __forceinline__ void write_lse(const QueryRow& row, int half) const {
+        if (p.lse != nullptr && row.valid && threadIdx.x % 4 == 0) {
+            p.lse[row.request * p.qo_heads + row.head] = rows.state[half].natural_lse();
         }
     }
     // Neighbouring lanes swap, so that each has four columns in a row to store.
@@ -574,6 +694,7 @@ struct Consumer {
         }
     }
 
+    static constexpr int kPolls = 128;  // some 100 us
     static constexpr int kExchange = 1, kOwnGroup = 3, kTurn = 5;  // named barriers, one for each warpgroup
 };
 

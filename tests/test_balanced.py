@@ -30,15 +30,19 @@ def rows_seen(made: BalancedPlan, group: int, kv_heads: int) -> list[list[list[i
     """Rows of K and V that each KV head of each request attends to, walked worker by worker as the kernel does."""
     seen: list[list[list[int]]] = [[[] for _ in made.request_order] for _ in range(kv_heads)]
     visited: list[int] = []
-    pieces: dict[tuple[int, int], list[tuple[int, int, int, int]]] = {}
+    pieces: dict[tuple[int, int], list[tuple[int, int, int, int, int]]] = {}
     for worker in range(made.workers):
         index = worker
         while index >= 0:
             visited.append(index)
-            first, count, head, left, index, following, piece, of, partial, counter, *_ = made.items[index].tolist()
+            first, count, head, left, index, following, *cut = made.items[index].tolist()
+            piece, of, partial, counter, first_request, slices = cut[:6]
             segment = made.items[visited[-1], 12:].tolist()
             assert 0 < count * group <= WORKER_GROUP_ROWS * made.row_groups
-            pieces.setdefault((head, first), []).append((piece, of, partial, counter))
+            pieces.setdefault((head, first), []).append((piece, of, partial, counter, slices))
+            requests = made.request_order[first : first + count]
+            follow = np.array_equal(requests, requests[0] + np.arange(count))
+            assert first_request == (requests[0] if follow else -1)
             while left > 0:
                 begin, length, row_begin, row_end = segment
                 assert length > 0
@@ -56,20 +60,26 @@ def rows_seen(made: BalancedPlan, group: int, kv_heads: int) -> list[list[list[i
     return seen
 
 
-def check_pieces(made: BalancedPlan, pieces: dict[tuple[int, int], list[tuple[int, int, int, int]]]) -> None:
-    """Pieces of a tile are numbered, share a counter, and own one partial output each."""
+def check_pieces(made: BalancedPlan, pieces: dict[tuple[int, int], list[tuple[int, int, int, int, int]]]) -> None:
+    """Pieces of a tile are numbered, share their counters, and own one partial output each.
+
+    Workers merge together only where each has one item: then they all end with the same rows.
+    """
     partials: list[int] = []
     counters: list[int] = []
+    merges = 0
     for found in pieces.values():
         assert sorted(piece for piece, *_ in found) == list(range(len(found)))
         assert {of for _, of, *_ in found} == {len(found)}
         if len(found) > 1:
-            (first,) = {partial for *_, partial, _ in found}
-            (counter,) = {counter for *_, counter in found}
+            ((first, counter, slices),) = {tuple(rest) for _, _, *rest in found}
             partials += range(first, first + len(found))
-            counters.append(counter)
+            assert slices == 0 or (slices <= len(found) and len(made.items) == made.workers)
+            counters += range(counter, counter + (2 + slices if slices else 1))
+            merges += 1
     assert sorted(partials) == list(range(made.partials))
     assert sorted(counters) == list(range(made.counters))
+    assert merges == made.merges
 
 
 @pytest.mark.parametrize("tree", TREES, ids=lambda tree: tree.name)

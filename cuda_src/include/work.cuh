@@ -16,7 +16,7 @@ struct alignas(16) WorkItem {
     int first_partial;   // block of mid_o of piece 0; its pieces follow one another
     int counter;         // counters[counter] counts the pieces that are done
     int first_request;   // where its requests follow one another in Q and O: the first; else -1
-    int padding;
+    int slices;          // of columns, which so many workers merge together; 0: the last one merges alone
     Segment first;       // without what earlier pieces attend to
 };
 static_assert(sizeof(WorkItem) == 64, "as ITEM_FIELDS in balanced.py");
@@ -30,7 +30,7 @@ struct WorkParams {
     float* mid_o;              // [partials, row groups, head_dim / 2, 128]: normalised, in the accumulators' order
     float* mid_lse;            // [partials, row groups, 64]: base 2
     float* lse;                // [batch, qo_heads], contiguous: natural log; null: not wanted
-    int* counters;             // [counters, row groups]: 0 before and after a launch
+    int* counters;             // [counters, row groups]: 0 before the first launch
     const WorkItem* items;     // [items]: worker w begins with items[w]
     const Segment* segments;   // [segments]
     const int* request_order;  // [batch]: requests in plan order

@@ -33,7 +33,7 @@ MOST_ROW_GROUPS = 2
 
 ITEM_FIELDS = (
     "first_position", "num_requests", "kv_head", "tokens", "next", "next_segment", "piece", "pieces",
-    "first_partial", "counter", "first_request", "padding", "kv_begin", "kv_len", "row_begin", "row_end",
+    "first_partial", "counter", "first_request", "slices", "kv_begin", "kv_len", "row_begin", "row_end",
 )  # fmt: skip
 """Columns of `BalancedPlan.items`: struct WorkItem of cuda_src/include/work.cuh."""
 
@@ -42,6 +42,10 @@ _SHORTEST_PIECE = 2
 """Steps that a cut leaves on either side, at least."""
 _FEW_STEPS = 10
 """Steps a worker from which on fewer workers are not worth a thought."""
+_MERGE_TOGETHER = 5
+"""Pieces of a tile from which on workers merge together, where that is all that they do."""
+_MANY_TILES = 32
+"""Tiles a worker from which on it does not matter whether any are cut."""
 _SHARES = (1.0, 0.67, 0.5, 0.33, 0.25, 0.18, 0.12)
 """Shares of the multiprocessors that small work may be given: fewer pieces are merged faster."""
 
@@ -63,8 +67,10 @@ class BalancedPlan(NamedTuple):
         Warpgroups among which a tile's rows are split, 64 rows each: 1 or 2.
     workers : int
         Blocks of the launch.
-    partials, counters : int
+    partials, merges : int
         Items that write partial outputs, and tiles that are merged from these.
+    counters : int
+        Counters that the merges need, for each row group.
     estimate_us : float
         The cost model's estimate of a run's time.
     """
@@ -75,6 +81,7 @@ class BalancedPlan(NamedTuple):
     row_groups: int
     workers: int
     partials: int
+    merges: int
     counters: int
     estimate_us: float
 
@@ -130,9 +137,9 @@ def plan(
     estimate, row_groups, requests, tokens, pieces = min(candidates, key=lambda candidate: candidate[0])
     bounds, segments = _segments(layout, tree.batch_size, group, requests)
     step_tokens = STEP_TOKENS[row_groups]
-    items, partials, counters = _items(pieces, bounds, segments, tokens, request_order, requests, step_tokens)
+    items, *counts = _items(pieces, bounds, segments, tokens, request_order, requests, step_tokens, head_dim)
     workers = int(pieces[-1, 3]) + 1
-    return BalancedPlan(items, segments, request_order, row_groups, workers, partials, counters, estimate)
+    return BalancedPlan(items, segments, request_order, row_groups, workers, *counts, estimate)
 
 
 def _deal(
@@ -146,12 +153,17 @@ def _deal(
     candidates = []
     for workers in sorted({max(1, int(multiprocessors * share)) for share in shares}):
         dealt = [_in_line(steps, num_kv_heads, workers, item_steps)]
-        if len(steps) * num_kv_heads <= workers:
+        tiles = len(steps) * num_kv_heads
+        if tiles <= workers:
             dealt.append(_each(steps, num_kv_heads, workers))
+        elif tiles <= _MANY_TILES * workers:
+            dealt.append(_whole(steps, num_kv_heads, workers, item_steps))
         for pieces in dealt:
             work, most_pieces = _longest(pieces, item_steps)
             cost = machine.start + ((work * step_us) ** 4 + memory_us**4) ** 0.25
-            if most_pieces > 1:
+            if most_pieces >= _MERGE_TOGETHER and len(pieces) == pieces[-1, 3] + 1:
+                cost += machine.merge_together
+            elif most_pieces > 1:
                 cost += machine.merge + machine.merge_piece * most_pieces
             candidates.append((float(cost), pieces))
     return min(candidates, key=lambda candidate: candidate[0])
@@ -234,6 +246,43 @@ def _each(steps: Int64Array, num_kv_heads: int, workers: int) -> Int64Array:
 
 
 @njit(cache=True)
+def _whole(steps: Int64Array, num_kv_heads: int, workers: int, item_steps: float) -> Int64Array:
+    """Give every worker whole tiles that follow one another, so that the busiest has least; rows as of `_in_line`."""
+    num_tiles = len(steps)
+    units = num_kv_heads * num_tiles
+    total = num_kv_heads * (steps.sum() + item_steps * num_tiles)
+    low = total / workers
+    high = low + steps.max() + item_steps
+    pieces = np.empty((units, 4), np.int64)
+    while high - low > 0.5:
+        middle = (low + high) / 2
+        if _fill(steps, middle, item_steps, pieces) <= workers:
+            high = middle
+        else:
+            low = middle
+    _fill(steps, high, item_steps, pieces)
+    return pieces
+
+
+@njit(cache=True)
+def _fill(steps: Int64Array, limit: float, item_steps: float, pieces: Int64Array) -> int:
+    """Fill `pieces` with whole tiles, at most `limit` steps a worker, and return the number of workers."""
+    num_tiles = len(steps)
+    worker, load = 0, 0.0
+    for unit in range(len(pieces)):
+        cost = steps[unit % num_tiles] + item_steps
+        if load > 0 and load + cost > limit:
+            worker += 1
+            load = 0.0
+        load += cost
+        pieces[unit, 0] = unit
+        pieces[unit, 1] = 0
+        pieces[unit, 2] = steps[unit % num_tiles]
+        pieces[unit, 3] = worker
+    return worker + 1
+
+
+@njit(cache=True)
 def _in_line(steps: Int64Array, num_kv_heads: int, workers: int, item_steps: float) -> Int64Array:
     """Lay the tiles of all KV heads end to end and cut the line into equal stretches.
 
@@ -287,6 +336,14 @@ def _longest(pieces: Int64Array, item_steps: float) -> tuple[float, int]:
 
 
 @njit(cache=True)
+def _slices(pieces: int, head_dim: int) -> int:
+    """Slices of 32, 16 or 8 columns that workers which end together merge: no more than there are workers; 0: too few."""
+    if pieces < _MERGE_TOGETHER:
+        return 0
+    return head_dim // (32 if pieces < 8 else 16 if pieces < 16 else 8)
+
+
+@njit(cache=True)
 def _first_of_run(requests: Int32Array) -> int:
     """The first of requests that follow one another, else -1."""
     for i in range(1, len(requests)):
@@ -304,15 +361,15 @@ def _items(
     request_order: Int32Array,
     requests: int,
     step_tokens: int,
-) -> tuple[Int32Array, int, int]:
-    """Items in the order that workers need, the number of partial outputs and that of merges."""
+    head_dim: int,
+) -> tuple[Int32Array, int, int, int]:
+    """Items in the order that workers need, and the numbers of partial outputs, merges and counters."""
     num_tiles = len(tokens)
     workers = pieces[-1, 3] + 1
     items = np.zeros((len(pieces), 16), np.int32)
     previous = np.full(workers, -1, np.int64)
     more = workers
-    partials = 0
-    counters = 0
+    partials, merges, counters = 0, 0, 0
     i = 0
     while i < len(pieces):
         unit = pieces[i, 0]
@@ -320,6 +377,7 @@ def _items(
         while i + count < len(pieces) and pieces[i + count, 0] == unit:
             count += 1
         tile = unit % num_tiles
+        slices = _slices(count, head_dim) if workers == len(pieces) else 0
         segment = bounds[tile]
         begin = 0  # of the segment, in the tile's tokens
         for piece in range(count):
@@ -342,6 +400,7 @@ def _items(
             if count > 1:
                 item[8] = partials
                 item[9] = counters
+                item[11] = slices
             item[10] = _first_of_run(request_order[item[0] : item[0] + item[1]])
             if item[3] > 0:
                 while begin + segments[segment, 1] <= first:
@@ -354,6 +413,7 @@ def _items(
                 item[15] = segments[segment, 3]
         if count > 1:
             partials += count
-            counters += 1
+            merges += 1
+            counters += 1 if slices == 0 else 2 + slices
         i += count
-    return items, partials, counters
+    return items, partials, merges, counters

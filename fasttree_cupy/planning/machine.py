@@ -67,6 +67,8 @@ class WorkerMachine(NamedTuple):
         Microseconds of a worker for what it does once an item: fetch queries, merge its warpgroups, write.
     merge, merge_piece : float
         Microseconds for merging the pieces of a tile: once, and for each of them.
+    merge_together : float
+        Microseconds for merging the pieces of a tile when all their workers take part.
     """
 
     hbm: float
@@ -76,8 +78,9 @@ class WorkerMachine(NamedTuple):
     item: float
     merge: float
     merge_piece: float
+    merge_together: float
 
 
-H200_WORKERS = WorkerMachine(3.8e6, 6.1, 0.72, 1.7, 2.4, 0.9, 0.65)
+H200_WORKERS = WorkerMachine(3.8e6, 6.1, 0.72, 2.05, 2.4, 0.9, 0.65, 4.0)
 """Fitted to 190 measured plans of FastTree's 45 cases on an H200: the times to 6%, and the plan with the cheapest
 estimate is within 0.8% of the fastest one (bench/NOTES.md)."""
