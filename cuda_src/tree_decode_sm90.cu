@@ -69,25 +69,36 @@ struct Ring {
     }
 };
 
-// An item's runs of tokens in order. A warp holds 32 segments, one a lane, and fetches the next 32 ahead; at first it
-// holds but the one that came with the item.
+__device__ __forceinline__ void prefetch(const void* address) {
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(address));
+}
+// Brings an item near, whose 64 bytes are two sectors.
+__device__ __forceinline__ void prefetch_item(const WorkItem* item) {
+    prefetch(item);
+    prefetch(&item->first);
+}
+
+// An item's runs of tokens in order. A warp holds 32 segments, one a lane; at first but the one that came with the item.
+// The next 32 are on their way, though not to registers: a loop that carries what is being loaded waits for it.
 struct SegmentStream {
     const WorkParams& p;
-    int lane;
-    int next;        // index of this lane's segment among those ahead
-    Segment held, ahead;
+    int next;        // index of this lane's segment among those that follow
+    Segment held;
     int held_begin;  // of this lane's segment: its first token's number in the item,
     int held_end;    // and the end
 
     __device__ __forceinline__ SegmentStream(const WorkParams& p, const WorkItem& item, int lane)
-        : p(p), lane(lane), next(item.next_segment + lane), held(lane == 0 ? item.first : Segment{}) {
-        fetch();
-        number(0);
+        : p(p), next(item.next_segment + lane), held(item.first), held_begin(lane == 0 ? 0 : item.first.kv_len),
+          held_end(item.first.kv_len) {
+        prefetch(following());
     }
-    __device__ __forceinline__ void fetch() { ahead = p.segments[min(next, p.num_segments - 1)]; }
+    __device__ __forceinline__ const Segment* following() const { return p.segments + min(next, p.num_segments - 1); }
 
-    // Numbers the tokens of the held segments from `begin` on.
-    __device__ __forceinline__ void number(int begin) {
+    // Goes on to the segments whose tokens are numbered from `begin` on.
+    __device__ __forceinline__ void advance(int begin, int lane) {
+        held = *following();
+        next += kWarpSize;
+        prefetch(following());
         u32 sum = held.kv_len;
 #pragma unroll
         for (int distance = 1; distance < kWarpSize; distance *= 2) {
@@ -100,12 +111,6 @@ struct SegmentStream {
     }
     // The number of the first token after the held segments.
     __device__ __forceinline__ int end() const { return __shfl_sync(0xffffffffu, held_end, kWarpSize - 1); }
-    __device__ __forceinline__ void advance(int begin) {
-        held = ahead;
-        next += kWarpSize;
-        fetch();
-        number(begin);
-    }
     // A token's row of K and V less its number, and who sees it.
     __device__ __forceinline__ int shift() const { return held.kv_begin - held_begin; }
     __device__ __forceinline__ int visible() const { return held.row_begin | (held.row_end - held.row_begin) << 8; }
@@ -251,7 +256,7 @@ struct Producer {
                 view.add(segments.held.row_begin, segments.held.row_end, num_rows);
             }
             if (held_to >= end) break;
-            segments.advance(held_to);
+            segments.advance(held_to, lane);
             held_from = held_to;
         }
         const int run = __shfl_sync(0xffffffffu, share.row, 0);
@@ -336,15 +341,11 @@ struct Consumer {
 
     // Brings near what is needed at the item's end.
     __device__ __forceinline__ void fetch_ahead(const WorkItem& item, int next) const {
-        prefetch(p.items + max(next, 0));
+        prefetch_item(p.items + max(next, 0));
         if (item.first_request < 0) {
             prefetch(p.request_order + item.first_position + min(rows.first_row / p.group, item.num_requests - 1));
         }
     }
-    static __device__ __forceinline__ void prefetch(const void* address) {
-        asm volatile("prefetch.global.L1 [%0];" ::"l"(address));
-    }
-
     // A warp's sign that it is done with a place.
     static __device__ __forceinline__ void arrive(Barrier& barrier) {
         if (threadIdx.x % kWarpSize == 0) barrier_arrive(barrier);
@@ -702,6 +703,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) tree_decode_sm90(const
     extern __shared__ __align__(1024) unsigned char memory[];
     Shared& s = *reinterpret_cast<Shared*>(memory);
     if (threadIdx.x == 0) {
+        prefetch_item(p.items + blockIdx.x);
         // A thread arrives when its copies are there; for what warps store beside the keys, they arrive once more.
         for (Barrier& barrier : s.k_full) barrier_init(barrier, kProducerWarps * (kWarpSize + 1));
         for (Barrier& barrier : s.v_full) barrier_init(barrier, kProducerWarps * kWarpSize);
