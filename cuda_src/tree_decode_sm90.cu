@@ -30,6 +30,9 @@ constexpr int kWarpRows = kRows / kProducerWarps;
 constexpr int kChunks = kHeadDim / 8;          // of 8 elements, 16 bytes
 constexpr int kTileBytes = kTileTokens * kHeadDim * 2;
 constexpr int kQueryBytes = kRows * kHeadDim * 2;
+constexpr int kSliceOutputs = 8;               // of a thread's accumulators, when workers merge together
+constexpr int kSlices = kOutputs / kSliceOutputs;
+constexpr int kPiecesAtATime = 8;
 
 static_assert(kRowGroups == 1 || kRowGroups == 2, "two warpgroups split rows or tokens");
 static_assert(kValueStages > kTokenGroups, "each warpgroup holds the values of a tile while it waits for the next one");
@@ -439,19 +442,18 @@ struct Consumer {
     // so together.
     __device__ __forceinline__ void write(const WorkItem& item) {
         normalise();
-        if (item.pieces == 1) {
-            write_outputs(item);
-            return;
-        }
-        write_partial(item);
-        named_sync(kOwnGroup + group, kGroupThreads);
-        if (item.slices > 0) {
-            merge_together(item);
-        } else if (is_last(item)) {
+        if (item.pieces > 1) {
+            write_partial(item);
+            named_sync(kOwnGroup + group, kGroupThreads);
+            if (item.together) {
+                merge_together(item);
+                return;
+            }
+            if (!is_last(item)) return;
             merge(item);
             normalise();
-            write_outputs(item);
         }
+        write_outputs(item);
     }
     __device__ __forceinline__ void normalise() {
         const float factor[2] = {rows.state[0].normaliser(), rows.state[1].normaliser()};
@@ -497,90 +499,76 @@ struct Consumer {
         return s.merge[group];
     }
 
-    // Where all workers end with the same rows, each of the last ones merges a slice of the columns. They wait for the
-    // last piece, but not for ever: it need not be on the chip yet. Its worker takes what is left, so that nobody depends
-    // on a worker that waits.
+    // Where all workers end with the same rows, the last ones merge a slice of the columns each. They wait for the last
+    // piece, but not for ever: it need not be on the chip yet. Its worker takes what is left, so that nobody depends on a
+    // worker that waits.
     __device__ __forceinline__ void merge_together(const WorkItem& item) {
-        int* done = p.counters + item.counter * kRowGroups + row_group * (2 + item.slices);
+        int* done = p.counters + item.counter * kRowGroups + row_group * (2 + kSlices);
         int* generation = done + 1;  // the number of launches so far
         int* taken = done + 2;       // for each slice, the launch that was the last to merge it
-        int launch = 0;              // of the leading warp
+        int launch = 0, own = 0;     // of the leading thread
         if (leads()) {
             launch = load_acquire(generation) + 1;
-            const int slice = item.pieces - 1 - add_acquire_release(done, 1);
-            bool ready = slice == 0;
+            own = item.pieces - 1 - add_acquire_release(done, 1);
+            bool ready = own == 0;
             if (ready) {
                 *done = 0;
                 store_release(generation, launch);
-            } else if (slice < item.slices) {
+            } else if (own < kSlices) {
                 for (int poll = 0; poll < kPolls && !ready; ++poll) ready = load_acquire(generation) == launch;
             }
-            s.merge[group] = ready && atomicExch(taken + slice, launch) != launch ? slice : -1;
+            s.merge[group] = ready ? next_slice(item, taken, launch, own) : -1;
         }
-        bool last = false;
-        for (bool first = true;; first = false) {
+        for (;;) {
             named_sync(kOwnGroup + group, kGroupThreads);
             const int slice = s.merge[group];
             if (slice < 0) return;
-            if (first) last = slice == 0;
             merge_slice(item, slice);
-            if (!last) return;
             named_sync(kOwnGroup + group, kGroupThreads);
-            if (threadIdx.x % kGroupThreads < kWarpSize) find_left(item, taken, __shfl_sync(0xffffffffu, launch, 0));
+            if (leads()) s.merge[group] = next_slice(item, taken, launch, own);
         }
     }
-    // Takes a slice that nobody has taken; -1: there is none. By a warp.
-    __device__ __forceinline__ void find_left(const WorkItem& item, int* taken, int launch) {
-        const int lane = threadIdx.x % kWarpSize;
-        int found = -1;
-        for (;;) {
-            const bool left = lane < item.slices && load_acquire(taken + lane) != launch;
-            const u32 all = __ballot_sync(0xffffffffu, left);
-            if (all == 0) break;
-            const int slice = __ffs(all) - 1;
-            int before = launch;
-            if (lane == 0) before = atomicExch(taken + slice, launch);
-            if (__shfl_sync(0xffffffffu, before, 0) == launch) continue;
-            found = slice;
-            break;
+    // Takes the next slice that is left for this warpgroup: one in so many as there are pieces, from `own` on; then, at the
+    // last piece, whatever nobody has taken. -1: none. By the leading thread.
+    __device__ __forceinline__ static int next_slice(const WorkItem& item, int* taken, int launch, int& own) {
+        while (own < kSlices) {
+            const int slice = own;
+            own += item.pieces;
+            if (atomicExch(taken + slice, launch) != launch) return slice;
         }
-        if (lane == 0) s.merge[group] = found;
+        if (own % item.pieces != 0) return -1;
+        u32 left = 0;
+#pragma unroll
+        for (int slice = 0; slice < kSlices; ++slice) left |= u32(load_relaxed(taken + slice) != launch) << slice;
+        for (; left != 0; left &= left - 1) {
+            const int slice = __ffs(left) - 1;
+            if (atomicExch(taken + slice, launch) != launch) return slice;
+        }
+        return -1;
     }
 
+    // Merges a slice: several pieces are fetched at a time, and added in their order.
     __device__ __forceinline__ void merge_slice(const WorkItem& item, int slice) {
         if (!has_rows(item)) return;
-        if (item.slices == kChunks) {
-            merge_chunks<1>(item, slice);
-        } else if (item.slices == kChunks / 2) {
-            merge_chunks<2>(item, slice);
-        } else {
-            merge_chunks<4>(item, slice);
-        }
-    }
-    // Merges some chunks of 8 columns: several pieces are fetched at a time, and added in their order.
-    template <int kSliceChunks>
-    __device__ __forceinline__ void merge_chunks(const WorkItem& item, int slice) {
-        constexpr int kPart = 4 * kSliceChunks;      // of a thread's accumulators
-        constexpr int kAtATime = 16 / kSliceChunks;  // pieces
-        float o[kPart] = {};
+        float o[kSliceOutputs] = {};
         rows.state[0] = rows.state[1] = SoftmaxState{};
 #pragma unroll 1
-        for (int first = 0; first < item.pieces; first += kAtATime) {
-            float fetched[kAtATime][kPart], lse[kAtATime][2];
+        for (int first = 0; first < item.pieces; first += kPiecesAtATime) {
+            float fetched[kPiecesAtATime][kSliceOutputs], lse[kPiecesAtATime][2];
 #pragma unroll
-            for (int i = 0; i < kAtATime; ++i) {
+            for (int i = 0; i < kPiecesAtATime; ++i) {
                 const i64 from = partial(item, min(first + i, item.pieces - 1));
-                const float* part = p.mid_o + (from * kOutputs + slice * kPart) * kGroupThreads;
+                const float* part = p.mid_o + (from * kOutputs + slice * kSliceOutputs) * kGroupThreads;
 #pragma unroll
                 for (int row = 0; row < 2; ++row) lse[i][row] = __ldcg(partial_lse(from, row));
 #pragma unroll
-                for (int j = 0; j < kPart; ++j) {
+                for (int j = 0; j < kSliceOutputs; ++j) {
                     fetched[i][j] = __ldcg(part + j * kGroupThreads + threadIdx.x % kGroupThreads);
                 }
             }
 #pragma unroll
-            for (int i = 0; i < kAtATime; ++i) {
-                if (first + i < item.pieces) add_piece<kPart>(o, fetched[i], lse[i]);
+            for (int i = 0; i < kPiecesAtATime; ++i) {
+                if (first + i < item.pieces) add_piece<kSliceOutputs>(o, fetched[i], lse[i]);
             }
         }
         const float factor[2] = {rows.state[0].normaliser(), rows.state[1].normaliser()};
@@ -590,10 +578,10 @@ struct Consumer {
             if (slice == 0) write_lse(row, half);
             u16* to = p.o + row.request * p.o_stride_request + row.head * p.o_stride_head;
 #pragma unroll
-            for (int j = 0; j < kSliceChunks; ++j) {
-                const float* pair = o + 4 * j + 2 * half;
-                const u32 packed = Element::pack(pair[0] * factor[half], pair[1] * factor[half]);
-                if (row.valid) store_pair(to + (slice * kSliceChunks + j) * 8 + threadIdx.x % 4 * 2, packed);
+            for (int j = 0; j < kSliceOutputs; j += 4) {
+                const u32 pair = Element::pack(o[j + 2 * half] * factor[half], o[j + 2 * half + 1] * factor[half]);
+                const int column = (slice * kSliceOutputs + j) * 2 + threadIdx.x % 4 * 2;
+                if (row.valid) store_pair(to + column, pair);
             }
         }
     }

@@ -36,10 +36,10 @@ def rows_seen(made: BalancedPlan, group: int, kv_heads: int) -> list[list[list[i
         while index >= 0:
             visited.append(index)
             first, count, head, left, index, following, *cut = made.items[index].tolist()
-            piece, of, partial, counter, first_request, slices = cut[:6]
+            piece, of, partial, counter, first_request, together = cut[:6]
             segment = made.items[visited[-1], 12:].tolist()
             assert 0 < count * group <= WORKER_GROUP_ROWS * made.row_groups
-            pieces.setdefault((head, first), []).append((piece, of, partial, counter, slices))
+            pieces.setdefault((head, first), []).append((piece, of, partial, counter, together))
             requests = made.request_order[first : first + count]
             follow = np.array_equal(requests, requests[0] + np.arange(count))
             assert first_request == (requests[0] if follow else -1)
@@ -72,10 +72,10 @@ def check_pieces(made: BalancedPlan, pieces: dict[tuple[int, int], list[tuple[in
         assert sorted(piece for piece, *_ in found) == list(range(len(found)))
         assert {of for _, of, *_ in found} == {len(found)}
         if len(found) > 1:
-            ((first, counter, slices),) = {tuple(rest) for _, _, *rest in found}
+            ((first, counter, together),) = {tuple(rest) for _, _, *rest in found}
             partials += range(first, first + len(found))
-            assert slices == 0 or (slices <= len(found) and len(made.items) == made.workers)
-            counters += range(counter, counter + (2 + slices if slices else 1))
+            assert not together or len(made.items) == made.workers
+            counters += range(counter, counter + (2 + 128 // 16 if together else 1))
             merges += 1
     assert sorted(partials) == list(range(made.partials))
     assert sorted(counters) == list(range(made.counters))

@@ -51,6 +51,11 @@ __device__ __forceinline__ int load_acquire(const int* address) {
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
     return value;
 }
+__device__ __forceinline__ int load_relaxed(const int* address) {
+    int value;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return value;
+}
 __device__ __forceinline__ void store_release(int* address, int value) {
     asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }

@@ -16,7 +16,7 @@ struct alignas(16) WorkItem {
     int first_partial;   // block of mid_o of piece 0; its pieces follow one another
     int counter;         // counters[counter] counts the pieces that are done
     int first_request;   // where its requests follow one another in Q and O: the first; else -1
-    int slices;          // of columns, which so many workers merge together; 0: the last one merges alone
+    int together;        // whether the workers of the last pieces merge together, or the last one alone
     Segment first;       // without what earlier pieces attend to
 };
 static_assert(sizeof(WorkItem) == 64, "as ITEM_FIELDS in balanced.py");

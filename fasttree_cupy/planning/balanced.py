@@ -33,7 +33,7 @@ MOST_ROW_GROUPS = 2
 
 ITEM_FIELDS = (
     "first_position", "num_requests", "kv_head", "tokens", "next", "next_segment", "piece", "pieces",
-    "first_partial", "counter", "first_request", "slices", "kv_begin", "kv_len", "row_begin", "row_end",
+    "first_partial", "counter", "first_request", "together", "kv_begin", "kv_len", "row_begin", "row_end",
 )  # fmt: skip
 """Columns of `BalancedPlan.items`: struct WorkItem of cuda_src/include/work.cuh."""
 
@@ -44,6 +44,8 @@ _FEW_STEPS = 10
 """Steps a worker from which on fewer workers are not worth a thought."""
 _MERGE_TOGETHER = 5
 """Pieces of a tile from which on workers merge together, where that is all that they do."""
+_SLICE_COLUMNS = 16
+"""Columns that one of them merges at a time: kSliceOutputs in tree_decode_sm90.cu, in both rows of a thread."""
 _MANY_TILES = 32
 """Tiles a worker from which on it does not matter whether any are cut."""
 _SHARES = (1.0, 0.67, 0.5, 0.33, 0.25, 0.18, 0.12)
@@ -130,9 +132,12 @@ def plan(
     for row_groups in range(-(-group // GROUP_ROWS), MOST_ROW_GROUPS + 1):
         requests = row_groups * GROUP_ROWS // group
         tokens = _tile_tokens(layout, tree.batch_size, requests)
-        step_us = (machine.step if row_groups == 1 else machine.double_step) * head_dim / 128
+        step, item_us = (
+            (machine.step, machine.item) if row_groups == 1 else (machine.double_step, machine.double_item)
+        )
+        step_us = step * head_dim / 128
         steps = -(-tokens // STEP_TOKENS[row_groups])
-        estimate, pieces = _deal(steps, num_kv_heads, multiprocessors, step_us, size, machine)
+        estimate, pieces = _deal(steps, num_kv_heads, multiprocessors, step_us, item_us, size, machine)
         candidates.append((estimate, row_groups, requests, tokens, pieces))
     estimate, row_groups, requests, tokens, pieces = min(candidates, key=lambda candidate: candidate[0])
     bounds, segments = _segments(layout, tree.batch_size, group, requests)
@@ -143,12 +148,18 @@ def plan(
 
 
 def _deal(
-    steps: Int64Array, num_kv_heads: int, multiprocessors: int, step_us: float, size: float, machine: WorkerMachine
+    steps: Int64Array,
+    num_kv_heads: int,
+    multiprocessors: int,
+    step_us: float,
+    item_us: float,
+    size: float,
+    machine: WorkerMachine,
 ) -> tuple[float, Int64Array]:
     """The estimate of the cheapest way to deal tiles out, in microseconds, and that way, as `_in_line` returns it."""
     total = int(steps.sum()) * num_kv_heads
     memory_us = size / machine.hbm
-    item_steps = machine.item / step_us
+    item_steps = item_us / step_us
     shares = _SHARES if total < _FEW_STEPS * multiprocessors else _SHARES[:1]
     candidates = []
     for workers in sorted({max(1, int(multiprocessors * share)) for share in shares}):
@@ -162,7 +173,7 @@ def _deal(
             work, most_pieces = _longest(pieces, item_steps)
             cost = machine.start + ((work * step_us) ** 4 + memory_us**4) ** 0.25
             if most_pieces >= _MERGE_TOGETHER and len(pieces) == pieces[-1, 3] + 1:
-                cost += machine.merge_together
+                cost += machine.merge_together + machine.merge_together_piece * most_pieces
             elif most_pieces > 1:
                 cost += machine.merge + machine.merge_piece * most_pieces
             candidates.append((float(cost), pieces))
@@ -336,14 +347,6 @@ def _longest(pieces: Int64Array, item_steps: float) -> tuple[float, int]:
 
 
 @njit(cache=True)
-def _slices(pieces: int, head_dim: int) -> int:
-    """Slices of 32, 16 or 8 columns that workers which end together merge: no more than there are workers; 0: too few."""
-    if pieces < _MERGE_TOGETHER:
-        return 0
-    return head_dim // (32 if pieces < 8 else 16 if pieces < 16 else 8)
-
-
-@njit(cache=True)
 def _first_of_run(requests: Int32Array) -> int:
     """The first of requests that follow one another, else -1."""
     for i in range(1, len(requests)):
@@ -377,7 +380,7 @@ def _items(
         while i + count < len(pieces) and pieces[i + count, 0] == unit:
             count += 1
         tile = unit % num_tiles
-        slices = _slices(count, head_dim) if workers == len(pieces) else 0
+        together = count >= _MERGE_TOGETHER and workers == len(pieces)
         segment = bounds[tile]
         begin = 0  # of the segment, in the tile's tokens
         for piece in range(count):
@@ -400,7 +403,7 @@ def _items(
             if count > 1:
                 item[8] = partials
                 item[9] = counters
-                item[11] = slices
+                item[11] = together
             item[10] = _first_of_run(request_order[item[0] : item[0] + item[1]])
             if item[3] > 0:
                 while begin + segments[segment, 1] <= first:
@@ -414,6 +417,6 @@ def _items(
         if count > 1:
             partials += count
             merges += 1
-            counters += 1 if slices == 0 else 2 + slices
+            counters += 2 + head_dim // _SLICE_COLUMNS if together else 1
         i += count
     return items, partials, merges, counters

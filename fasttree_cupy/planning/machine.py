@@ -63,12 +63,13 @@ class WorkerMachine(NamedTuple):
         Microseconds of a launch and of filling the first pipeline.
     step, double_step : float
         Microseconds of a worker for a step (head_dim 128): 64 tokens with one row group, 128 with two.
-    item : float
-        Microseconds of a worker for what it does once an item: fetch queries, merge its warpgroups, write.
+    item, double_item : float
+        Microseconds of a worker for what it does once an item, with one row group and with two: fetch queries, merge
+        its warpgroups, write.
     merge, merge_piece : float
         Microseconds for merging the pieces of a tile: once, and for each of them.
-    merge_together : float
-        Microseconds for merging the pieces of a tile when all their workers take part.
+    merge_together, merge_together_piece : float
+        The same when the pieces' workers merge together.
     """
 
     hbm: float
@@ -76,11 +77,13 @@ class WorkerMachine(NamedTuple):
     step: float
     double_step: float
     item: float
+    double_item: float
     merge: float
     merge_piece: float
     merge_together: float
+    merge_together_piece: float
 
 
-H200_WORKERS = WorkerMachine(3.8e6, 6.1, 0.72, 2.05, 2.4, 0.9, 0.65, 4.0)
+H200_WORKERS = WorkerMachine(4.0e6, 8.7, 0.77, 2.05, 1.52, 1.93, 0.93, 0.68, 3.54, 0.144)
 """Fitted to 190 measured plans of FastTree's 45 cases on an H200: the times to 6%, and the plan with the cheapest
 estimate is within 0.8% of the fastest one (bench/NOTES.md)."""
