@@ -52,10 +52,6 @@ struct Shared {
 };
 static_assert(sizeof(Shared) == FT_SHARED_BYTES, "host and device agree on shared memory");
 
-struct alignas(8) Packed4 {
-    u32 value[2];
-};
-
 // A place in a ring of keys or values, and the parity of its barriers' phase.
 template <int kStages>
 struct Ring {
@@ -208,13 +204,11 @@ struct Producer {
         using Place = PanelPlace<kRows, kChunks>;
         const Place to(warp * kWarpRows, lane);
         const u32 tile = shared_address(s.q[slot]);
-        const i64 offset = own.request * p.q_stride_request + own.head * p.q_stride_head;
+        const i64 offset = own.valid ? own.request * p.q_stride_request + own.head * p.q_stride_head : -1;
 #pragma unroll
         for (int pass = 0; pass < kWarpRows / Place::kRowsPerPass; ++pass) {
-            const int in_warp = pass * Place::kRowsPerPass + lane / kChunks;
-            const i64 from = __shfl_sync(0xffffffffu, offset, in_warp);
-            const bool valid = __shfl_sync(0xffffffffu, int(own.valid), in_warp);
-            copy_async_16(tile + to.offset(pass), p.q + from + lane % kChunks * 8, valid);
+            const i64 from = __shfl_sync(0xffffffffu, offset, pass * Place::kRowsPerPass + lane / kChunks);
+            copy_async_16(tile + to.offset(pass), p.q + max(from, i64(0)) + lane % kChunks * 8, from >= 0);
         }
     }
 
@@ -506,37 +500,39 @@ struct Consumer {
         int* done = p.counters + item.counter * kRowGroups + row_group * (2 + kSlices);
         int* generation = done + 1;  // the number of launches so far
         int* taken = done + 2;       // for each slice, the launch that was the last to merge it
-        int launch = 0, own = 0;     // of the leading thread
+        int launch = 0, own = kSlices;  // of the leading thread: this launch, and its next slice
+        bool last = false;
         if (leads()) {
             launch = load_acquire(generation) + 1;
-            own = item.pieces - 1 - add_acquire_release(done, 1);
-            bool ready = own == 0;
-            if (ready) {
+            const int place = item.pieces - 1 - add_acquire_release(done, 1);
+            last = place == 0;
+            bool ready = last;
+            if (last) {
                 *done = 0;
                 store_release(generation, launch);
-            } else if (own < kSlices) {
+            } else if (place < kSlices) {
                 for (int poll = 0; poll < kPolls && !ready; ++poll) ready = load_acquire(generation) == launch;
             }
-            s.merge[group] = ready ? next_slice(item, taken, launch, own) : -1;
+            if (ready) own = place;
         }
         for (;;) {
+            if (leads()) s.merge[group] = next_slice(item, taken, launch, own, last);
             named_sync(kOwnGroup + group, kGroupThreads);
             const int slice = s.merge[group];
             if (slice < 0) return;
             merge_slice(item, slice);
             named_sync(kOwnGroup + group, kGroupThreads);
-            if (leads()) s.merge[group] = next_slice(item, taken, launch, own);
         }
     }
-    // Takes the next slice that is left for this warpgroup: one in so many as there are pieces, from `own` on; then, at the
-    // last piece, whatever nobody has taken. -1: none. By the leading thread.
-    __device__ __forceinline__ static int next_slice(const WorkItem& item, int* taken, int launch, int& own) {
+    // Takes the next slice for this warpgroup: one in so many as there are pieces, from `own` on; then, at the last piece,
+    // whatever nobody has taken. -1: none. By the leading thread.
+    __device__ __forceinline__ static int next_slice(const WorkItem& item, int* taken, int launch, int& own, bool last) {
         while (own < kSlices) {
             const int slice = own;
             own += item.pieces;
             if (atomicExch(taken + slice, launch) != launch) return slice;
         }
-        if (own % item.pieces != 0) return -1;
+        if (!last) return -1;
         u32 left = 0;
 #pragma unroll
         for (int slice = 0; slice < kSlices; ++slice) left |= u32(load_relaxed(taken + slice) != launch) << slice;
@@ -573,24 +569,12 @@ struct Consumer {
         }
         const float factor[2] = {rows.state[0].normaliser(), rows.state[1].normaliser()};
 #pragma unroll
+        for (int i = 0; i < kSliceOutputs; ++i) o[i] *= factor[i / 2 % 2];
+#pragma unroll
         for (int half = 0; half < 2; ++half) {
             const QueryRow row(p, item, rows.first_row + half * 8);
             if (slice == 0) write_lse(row, half);
-            u16* to = p.o + row.request * p.o_stride_request + row.head * p.o_stride_head;
-#pragma unroll
-            for (int j = 0; j < kSliceOutputs; j += 4) {
-                const u32 pair = Element::pack(o[j + 2 * half] * factor[half], o[j + 2 * half + 1] * factor[half]);
-                const int column = (slice * kSliceOutputs + j) * 2 + threadIdx.x % 4 * 2;
-                if (row.valid) store_pair(to + column, pair);
-            }
-        }
-    }
-    __device__ __forceinline__ void store_pair(u16* to, u32 pair) const {
-        if (p.o_aligned) {
-            *reinterpret_cast<u32*>(to) = pair;
-        } else {
-            to[0] = u16(pair);
-            to[1] = u16(pair >> 16);
+            write_columns<kSliceOutputs>(row, o + 2 * half, slice * kSliceOutputs * 2);
         }
     }
     // Adds a part of a piece's accumulators to o, and its two rows' LSE to the states.
@@ -649,18 +633,23 @@ struct Consumer {
         for (int half = 0; half < 2; ++half) {
             const QueryRow row(p, item, rows.first_row + half * 8);
             write_lse(row, half);
-            u16* to = p.o + row.request * p.o_stride_request + row.head * p.o_stride_head;
-            if (p.o_aligned) {
-                write_row(half, row.valid, [to](int column, u32 low, u32 high) {
-                    *reinterpret_cast<Packed4*>(to + column) = Packed4{low, high};
-                });
-            } else {
-                write_row(half, row.valid, [to](int column, u32 low, u32 high) {
-                    to[column] = u16(low);
-                    to[column + 1] = u16(low >> 16);
-                    to[column + 2] = u16(high);
-                    to[column + 3] = u16(high >> 16);
-                });
+            write_columns<kOutputs>(row, rows.o + 2 * half, 0);
+        }
+    }
+    // Writes a row's accumulators from a column on: o[0] and o[1], then o[4] and o[5] eight columns further, and so on.
+    template <int kCount>
+    __device__ __forceinline__ void write_columns(const QueryRow& row, const float* o, int column) const {
+        if (!row.valid) return;
+        u16* to = p.o + row.request * p.o_stride_request + row.head * p.o_stride_head + column + threadIdx.x % 4 * 2;
+        if (p.o_aligned) {
+#pragma unroll
+            for (int j = 0; j < kCount; j += 4) *reinterpret_cast<u32*>(to + 2 * j) = Element::pack(o[j], o[j + 1]);
+        } else {
+#pragma unroll
+            for (int j = 0; j < kCount; j += 4) {
+                const u32 pair = Element::pack(o[j], o[j + 1]);
+                to[2 * j] = u16(pair);
+                to[2 * j + 1] = u16(pair >> 16);
             }
         }
     }
@@ -669,20 +658,6 @@ struct Consumer {
             p.lse[row.request * p.qo_heads + row.head] = rows.state[half].natural_lse();
         }
     }
-    // Neighbouring lanes swap, so that each has four columns in a row to store.
-    template <typename Store>
-    __device__ __forceinline__ void write_row(int half, bool valid, const Store& store) const {
-        const bool odd = threadIdx.x % 2;
-        const int column = threadIdx.x % 4 / 2 * 4 + odd * 8;
-#pragma unroll
-        for (int j = 0; j < kOutputs / 4; j += 2) {
-            const float* o = rows.o + 4 * j + 2 * half;
-            const u32 even_pair = Element::pack(o[0], o[1]), odd_pair = Element::pack(o[4], o[5]);
-            const u32 other = __shfl_xor_sync(0xffffffffu, odd ? even_pair : odd_pair, 1);
-            if (valid) store(column + j * 8, odd ? other : even_pair, odd ? odd_pair : other);
-        }
-    }
-
     static constexpr int kPolls = 128;  // some 100 us
     static constexpr int kExchange = 1, kOwnGroup = 3, kTurn = 5;  // named barriers, one for each warpgroup
 };
