@@ -3,7 +3,7 @@
 // Four producer warps gather the tokens of item after item into rings of tiles; two warpgroups attend them, 64 query
 // rows each. The rings run ahead over the ends of items, so that these cost no bandwidth. With one row group the
 // warpgroups take turns at the tiles and are merged at the item's end; with two, each has its own rows of every tile.
-// The worker that finishes the last piece of some rows merges their pieces.
+// The worker that finishes the last piece of some rows merges their pieces, or all that end with it do so together.
 #include "barrier.cuh"
 #include "kv_tile.cuh"
 #include "warpgroup_rows.cuh"
@@ -511,7 +511,7 @@ struct Consumer {
                 *done = 0;
                 store_release(generation, launch);
             } else if (place < kSlices) {
-                for (int poll = 0; poll < kPolls && !ready; ++poll) ready = load_acquire(generation) == launch;
+                for (int poll = 0; poll < p.polls && !ready; ++poll) ready = load_acquire(generation) == launch;
             }
             if (ready) own = place;
         }
@@ -658,7 +658,6 @@ struct Consumer {
             p.lse[row.request * p.qo_heads + row.head] = rows.state[half].natural_lse();
         }
     }
-    static constexpr int kPolls = 128;  // some 100 us
     static constexpr int kExchange = 1, kOwnGroup = 3, kTurn = 5;  // named barriers, one for each warpgroup
 };
 

@@ -20,6 +20,7 @@ LAYOUTS = (
 TREES = (
     ft.KVTree.from_levels([1, 2, 20], [70, 33, 9]),
     ft.KVTree.from_levels([1, 3], [900, 17]),
+    ft.KVTree.from_levels([1, 2], [2600, 17]),  # cut so often that workers merge together
     ft.KVTree([-1, 0, 0, 1], [0, 0, 70, 65], [0] * 70 + [1, 2, 3, 3]),  # tiles that attend to nothing
 )
 

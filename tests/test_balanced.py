@@ -108,6 +108,16 @@ def test_each_path_is_read_once_however_it_is_cut(group: int, row_groups: int, w
                 np.testing.assert_array_equal(np.sort(found), np.sort(expected))
 
 
+def test_tiles_are_cut_only_where_that_pays() -> None:
+    many = balanced.plan(ft.KVTree.from_levels([1, 16, 1024], [256, 64, 32]), 4, 8, 128, 132, H200_WORKERS)
+    assert many.partials == many.merges == many.counters == 0  # whole tiles, some more than there are workers
+    few = balanced.plan(ft.KVTree.from_levels([1, 10], [4000, 400]), 16, 1, 128, 132, H200_WORKERS)
+    assert few.items[:, 11].all()  # each tile's workers end together, and merge together
+    assert len(few.items) == few.workers == few.partials
+    one = balanced.plan(ft.KVTree.from_levels([1, 2], [1, 60]), 16, 1, 128, 132, H200_WORKERS)
+    assert one.workers == len(one.items) == 1  # too little to share
+
+
 @pytest.mark.parametrize(("levels", "tokens"), [([1, 1024], [2048, 32]), ([256], [4096]), ([1, 3], [90000, 7])])
 def test_workers_get_equal_shares(levels: list[int], tokens: list[int]) -> None:
     if len(levels) == 1:
@@ -182,12 +192,40 @@ def test_every_cut_is_right_on_the_gpu(
         assert plan.schedule.row_groups == row_groups
         plan.schedule.mid_o.fill(np.nan)
         plan.schedule.mid_lse.fill(np.nan)
-        for cap in (-1.0, 1.5):
+        for cap in (-1.0, 1.5, -1.0):
             expected, _ = dense_attention(tree.parent, tree.seqlen, tree.request_node, *inputs, head_dim**-0.5, cap)
             out = cupy.full(q.shape, np.nan, np.float32).astype(q.dtype)
             plan.run(q, k, v, out, logit_cap=cap)
             assert_close(out.get(), expected, DTYPES[dtype])
-        assert not plan.schedule.arrays[0].any()  # the counters are ready for the next run
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("polls", [0, 1, 128])
+@pytest.mark.parametrize("row_groups", [1, 2])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_workers_merge_together_and_need_nobody_to_stay(
+    head_dim: int, row_groups: int, polls: int, cupy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However early workers stop waiting for the last one, all columns are merged, and to the same bits."""
+    force(monkeypatch, ROW_GROUPS[row_groups], 132)
+    tree = ft.KVTree.from_levels([1, 10], [3000, 400])
+    q, _, _, _, k, v, _ = ft.qkv_preparation(tree, 16, 1, head_dim, "cuda")
+    plan = ft.plan_decode(tree, 16, 1, head_dim, device="cuda")
+    if not isinstance(plan.schedule, BalancedSchedule):
+        pytest.skip("this GPU has no warpgroup products")
+    assert plan.schedule.arrays[1][:, 11].all()
+    inputs = [array.get() for array in (q, k, v)]
+    expected, expected_lse = dense_attention(tree.parent, tree.seqlen, tree.request_node, *inputs, head_dim**-0.5)
+    first = plan.run(q, k, v).view(np.uint16)
+    monkeypatch.setattr("fasttree_cupy.execution.cuda.MERGE_POLLS", polls)
+    for _ in range(20):
+        plan.schedule.mid_o.fill(np.nan)
+        plan.schedule.mid_lse.fill(np.nan)
+        out = cupy.full(q.shape, np.nan, np.float32).astype(q.dtype)
+        _, lse = plan.run(q, k, v, out, return_lse=True)
+        assert (out.view(np.uint16) == first).all()
+        np.testing.assert_allclose(lse.get(), expected_lse, rtol=0, atol=3e-4)
+    assert_close(out.get(), expected, np.float16)
 
 
 @pytest.mark.gpu

@@ -30,7 +30,7 @@ struct WorkParams {
     float* mid_o;              // [partials, row groups, head_dim / 2, 128]: normalised, in the accumulators' order
     float* mid_lse;            // [partials, row groups, 64]: base 2
     float* lse;                // [batch, qo_heads], contiguous: natural log; null: not wanted
-    int* counters;             // [counters, row groups]: 0 before the first launch
+    int* counters;             // [counters, row groups]: 0 before the first launch, then left as the next one needs them
     const WorkItem* items;     // [items]: worker w begins with items[w]
     const Segment* segments;   // [segments]
     const int* request_order;  // [batch]: requests in plan order
@@ -44,5 +44,7 @@ struct WorkParams {
     float logit_cap;           // <= 0: none
     int o_aligned;             // rows of o start at multiples of 16 bytes
     int qo_heads;
+    int polls;                 // how often a worker looks whether the last piece of its rows is done
+    int padding;
 };
-static_assert(sizeof(WorkParams) == 176, "as WORK_PARAMS in cuda.py");
+static_assert(sizeof(WorkParams) == 184, "as WORK_PARAMS in cuda.py");

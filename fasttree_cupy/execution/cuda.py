@@ -62,8 +62,11 @@ WORK_PARAMS = np.dtype(
     + [(name, np.int64) for name in ("q_request", "q_head", "k_token", "k_head", "v_token", "v_head")]
     + [(name, np.int64) for name in ("o_request", "o_head")]
     + [("num_segments", np.int32), ("group", np.int32), ("sm_scale", np.float32), ("logit_cap", np.float32)]
-    + [("o_aligned", np.int32), ("qo_heads", np.int32)]
+    + [("o_aligned", np.int32), ("qo_heads", np.int32), ("polls", np.int32), ("padding", np.int32)]
 )
+MERGE_POLLS = 128
+"""How often a worker of ``tree_decode_sm90`` looks whether it may merge with others, 0.5 us or more each: workers that
+end together need a few, and one that leaves costs nothing but time."""
 MERGE_STATES_PARAMS = np.dtype(
     [(name, np.uint64) for name in ("o_a", "o_b", "lse_a", "lse_b", "o", "lse")]
     + [(name, np.int64) for name in ("a_row", "a_head", "b_row", "b_head", "outputs")]
@@ -305,7 +308,7 @@ def run_workers(
     pointers = (q.pointer, k.pointer, v.pointer, o.pointer, *mid, pointer_of(lse), *lists)
     strides = (*q.strides[:2], *k.strides[:2], *v.strides[:2], *o.strides[:2])
     numbers = (num_segments, num_qo_heads // k.shape[1], sm_scale, logit_cap, is_aligned(o), num_qo_heads)
-    params = np.array((*pointers, *strides, *numbers), WORK_PARAMS)
+    params = np.array((*pointers, *strides, *numbers, MERGE_POLLS, 0), WORK_PARAMS)
     launch = worker_launch(q.dtype, head_dim, row_groups, logit_cap > 0 or sm_scale < 0, q.device[1])
     with stream.launches():
         launch((workers, 1, 1), params)

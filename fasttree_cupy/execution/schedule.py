@@ -43,7 +43,7 @@ class BalancedSchedule:
         self.row_groups = made.row_groups
         self.workers = made.workers
         self.num_merges = made.merges
-        counters = np.zeros(max(1, made.counters * made.row_groups), np.int32)
+        counters = np.zeros(max(1, made.counters * made.row_groups), np.int32)  # left as the next launch needs them
         mid_shape = (made.partials, made.row_groups * WORKER_GROUP_ROWS, head_dim)
         # Held here: the kernel gets bare pointers.
         self.arrays, self.mid_o, self.mid_lse = place_schedule((counters, *made[:3]), mid_shape, device)

@@ -132,9 +132,7 @@ def plan(
     for row_groups in range(-(-group // GROUP_ROWS), MOST_ROW_GROUPS + 1):
         requests = row_groups * GROUP_ROWS // group
         tokens = _tile_tokens(layout, tree.batch_size, requests)
-        step, item_us = (
-            (machine.step, machine.item) if row_groups == 1 else (machine.double_step, machine.double_item)
-        )
+        step, item_us = (machine.step, machine.item) if row_groups == 1 else (machine.double_step, machine.double_item)
         step_us = step * head_dim / 128
         steps = -(-tokens // STEP_TOKENS[row_groups])
         estimate, pieces = _deal(steps, num_kv_heads, multiprocessors, step_us, item_us, size, machine)
@@ -142,9 +140,11 @@ def plan(
     estimate, row_groups, requests, tokens, pieces = min(candidates, key=lambda candidate: candidate[0])
     bounds, segments = _segments(layout, tree.batch_size, group, requests)
     step_tokens = STEP_TOKENS[row_groups]
-    items, *counts = _items(pieces, bounds, segments, tokens, request_order, requests, step_tokens, head_dim)
+    items, partials, merges, counters = _items(
+        pieces, bounds, segments, tokens, request_order, requests, step_tokens, head_dim
+    )
     workers = int(pieces[-1, 3]) + 1
-    return BalancedPlan(items, segments, request_order, row_groups, workers, *counts, estimate)
+    return BalancedPlan(items, segments, request_order, row_groups, workers, partials, merges, counters, estimate)
 
 
 def _deal(
@@ -232,7 +232,7 @@ def _shares(steps: Int64Array, longest: int, shares: Int64Array) -> int:
 
 @njit(cache=True)
 def _each(steps: Int64Array, num_kv_heads: int, workers: int) -> Int64Array:
-    """Cut every tile evenly into pieces as short as the workers allow, one a worker; rows as `_in_line` returns them."""
+    """Cut every tile evenly, into pieces as short as the workers allow, one a worker; rows as of `_in_line`."""
     num_tiles = len(steps)
     shares = np.ones(num_tiles, np.int64)
     low, high = _SHORTEST_PIECE, max(_SHORTEST_PIECE, steps.max())  # steps of the longest piece
@@ -352,7 +352,7 @@ def _first_of_run(requests: Int32Array) -> int:
     for i in range(1, len(requests)):
         if requests[i] != requests[0] + i:
             return -1
-    return requests[0]
+    return int(requests[0])
 
 
 @njit(cache=True)

@@ -85,5 +85,5 @@ class WorkerMachine(NamedTuple):
 
 
 H200_WORKERS = WorkerMachine(4.0e6, 8.75, 0.773, 2.05, 1.52, 1.93, 0.93, 0.68, 3.54, 0.144)
-"""Fitted to 190 measured plans of FastTree's 45 cases on an H200: the times to 6%, and the plan with the cheapest
-estimate is within 0.8% of the fastest one (bench/NOTES.md)."""
+"""Fitted to 411 runs of plans of FastTree's 45 and PAT's 80 cases on an H200: the times to 8%, and the plan with the
+cheapest estimate is within 0.5% of the fastest one (bench/NOTES.md)."""
