@@ -45,7 +45,7 @@ _FEW_STEPS = 10
 _MERGE_TOGETHER = 5
 """Pieces of a tile from which on workers merge together, where that is all that they do."""
 _SLICE_COLUMNS = 16
-"""Columns that one of them merges at a time: kSliceOutputs in tree_decode_sm90.cu, in both rows of a thread."""
+"""Columns that one of them merges at a time: kSliceOutputs in worker_output.cuh, in both rows of a thread."""
 _MANY_TILES = 32
 """Tiles a worker from which on it does not matter whether any are cut."""
 _SHARES = (1.0, 0.67, 0.5, 0.33, 0.25, 0.18, 0.12)
