@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
+
+import fasttree_cupy as ft
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 
@@ -40,3 +43,30 @@ def test_the_trees_requests_see_what_the_mask_says() -> None:
     tree, mask = example.draft_tree(20, parents), example.causal_tree_mask(20, parents)
     for request in range(len(parents)):
         np.testing.assert_array_equal(np.sort(tree.request_rows(request)), np.flatnonzero(mask[request]))
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch", "jax"])
+def test_beam_search(framework: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip(framework, reason=f"no {framework}")
+    example = load("beam_search")
+    assert example.main([framework]) == 0
+    printed = capsys.readouterr().out
+    assert f"{example.STEPS} steps, 13 forks: {example.BEAMS} hypotheses" in printed
+
+
+def test_beam_search_notices_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    example = load("beam_search")
+    find_tree = example.find_tree
+
+    def wrong(hypotheses: list[list[int]]) -> tuple[ft.KVTree, np.ndarray[Any, Any]]:
+        tree, kv_indices = find_tree(hypotheses)
+        return tree, np.roll(kv_indices, 1)
+
+    monkeypatch.setattr(example, "find_tree", wrong)
+    assert example.main(["numpy"]) == 1
+
+
+def test_beam_search_releases_what_nobody_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    example = load("beam_search")
+    monkeypatch.setattr(example.Pool, "release", lambda pool, before, after: None)
+    assert example.main(["numpy"]) == 1
