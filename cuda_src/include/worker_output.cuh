@@ -2,9 +2,10 @@
 #pragma once
 #include "worker.cuh"
 
-constexpr int kSliceOutputs = 8;               // of a thread's accumulators, when workers merge together
+constexpr int kSliceOutputs = 8;  // of a thread's accumulators, when workers merge together
 constexpr int kSlices = kOutputs / kSliceOutputs;
-constexpr int kPiecesAtATime = 8;
+constexpr int kPiecesAtATime = 8;  // whose parts of a slice are fetched together
+static_assert(kSliceOutputs % 4 == 0 && kOutputs % kSliceOutputs == 0, "slices are whole chunks of 8 columns");
 
 // The rows of a warpgroup, and where they go.
 struct Output {
