@@ -3,8 +3,8 @@
 Requests are numbered in depth-first order, so that each node's requests are one range. Consecutive requests form a
 *tile* of up to 64 or 128 query rows of one KV head; a tile attends in one pass to every node that one of its requests
 goes through, each with the range of rows that may see it. The tiles of all KV heads are the work, measured in *steps*
-of 64 or 128 tokens. It is dealt out in the way that the cost model finds cheapest: in equal stretches, so that a tile is
-cut only where one worker's stretch ends and the next begins (stream-K, Osama et al. 2023,
+of 64 or 128 tokens. It is dealt out in the way that the cost model finds cheapest: in equal stretches, so that a tile
+is cut only where one worker's stretch ends and the next begins (stream-K, Osama et al. 2023,
 https://arxiv.org/abs/2301.03598); in whole tiles, where cuts would cost more than they balance; or, where there are
 fewer tiles than workers, with each tile cut evenly.
 """
