@@ -1,4 +1,4 @@
-"""The guides under docs/: their lines run, their tables are true, their links lead somewhere."""
+"""The guides under docs/: their lines run, their tables are true, and links lead somewhere, README's too."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from tests.reference import dense_attention
 from tests.tolerances import assert_close
 
 DOCS = Path(__file__).parent.parent / "docs"
-GUIDES = sorted(DOCS.glob("*.md"))
+TEXTS = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
 
 
 def text(name: str) -> str:
     return (DOCS / name).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
-def test_links_lead_somewhere(guide: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", guide.read_text(encoding="utf-8")):
-        assert (DOCS / target).exists(), target
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+        assert (path.parent / target).exists(), target
 
 
 def test_lines_on_serving_run_and_are_right() -> None:
@@ -36,8 +36,8 @@ def test_lines_on_serving_run_and_are_right() -> None:
     for block in blocks:
         exec(block, names)
     # The last block merged a document's tokens with each request's own: one tree holds both.
-    drawn = np.random.default_rng(0)  # the guide draws from this seed, in this order
-    half = lambda *shape: drawn.standard_normal(shape).astype(np.float16)  # noqa: E731
+    names["rng"] = np.random.default_rng(0)  # the guide draws from this seed, in this order
+    half = names["half"]
     for shape in ((112, 2, 64), (112, 2, 64), (3, 8, 64), (80, 2, 64), (80, 2, 64), (4, 8, 64)):
         half(*shape)
     queries, *caches = half(2, 8, 64), half(500, 2, 64), half(500, 2, 64), half(50, 2, 64), half(50, 2, 64)
@@ -52,29 +52,44 @@ def rows_of_table(guide: str, columns: int) -> list[list[str]]:
     return [cells for cells in (line.split(" | ") for line in lines) if len(cells) == columns]
 
 
+def heuristic(tree_name: str, name: str, value: str) -> tuple[str, str]:
+    """Vnodes of both phases, and partial outputs, at heads 32/8 with one value other than the H100's."""
+    levels, tokens = (ast.literal_eval(f"[{part}]") for part in tree_name.split(" x "))
+    tree = ft.KVTree.from_levels(levels, tokens)
+    params, gpu = ft.FastTreeParams.for_gpu("H100", 4), preset("H100")
+    sizes = {
+        "KV_SPLIT_SIZES": gpu.kv_split_sizes,
+        "para_threshs1": gpu.para_threshs1,
+        "para_threshs2": gpu.para_threshs2,
+    }
+    if name in sizes:
+        sizes[name] = ast.literal_eval(value)
+    elif name != "-":
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # the value is a recommended one
+            setattr(params, name, float(value))
+    metadata, _ = ft.fasttree_preparation(
+        tree, tree.kv_ptrs, tree.batch_size, 32, 8, 128, *sizes.values(), params, device="cpu", verbose=False
+    )
+    return " + ".join(map(str, metadata.phase_node_nums[:2])), str(metadata.mid_o.shape[0])
+
+
 def test_configuration_table_says_what_the_heuristic_does() -> None:
     rows = [row for row in rows_of_table("CONFIGURATION_GUIDE.md", 5) if " x " in row[0]]
     assert len(rows) == 7
     for tree_name, name, value, vnodes, partials in rows:
-        levels, tokens = (ast.literal_eval(f"[{part}]") for part in tree_name.split(" x "))
-        tree = ft.KVTree.from_levels(levels, tokens)
-        params, gpu = ft.FastTreeParams.for_gpu("H100", 4), preset("H100")
-        sizes = {
-            "KV_SPLIT_SIZES": gpu.kv_split_sizes,
-            "para_threshs1": gpu.para_threshs1,
-            "para_threshs2": gpu.para_threshs2,
-        }
-        if name in sizes:
-            sizes[name] = ast.literal_eval(value)
-        elif name != "-":
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")  # the value is a recommended one
-                setattr(params, name, float(value))
-        metadata, _ = ft.fasttree_preparation(
-            tree, tree.kv_ptrs, tree.batch_size, 32, 8, 128, *sizes.values(), params, device="cpu", verbose=False
-        )
-        assert " + ".join(map(str, metadata.phase_node_nums[:2])) == vnodes
-        assert metadata.mid_o.shape[0] == int(partials)
+        assert heuristic(tree_name, name, value) == (vnodes, partials)
+
+
+def test_configuration_guide_names_values_without_effect() -> None:
+    (sentence,) = re.findall(r"Without effect on either tree: (.*?)\. Times", text("CONFIGURATION_GUIDE.md"), re.DOTALL)
+    values = re.findall(r"`(\w+)`\s+(\[.*?\]|[\d.]+)", sentence)
+    assert len(values) == 5
+    trees = {row[0] for row in rows_of_table("CONFIGURATION_GUIDE.md", 5) if " x " in row[0]}
+    assert len(trees) == 2
+    for tree_name in trees:
+        for name, value in values:
+            assert heuristic(tree_name, name, value) == heuristic(tree_name, "-", "-")
 
 
 def test_configuration_guide_knows_every_parameter() -> None:
