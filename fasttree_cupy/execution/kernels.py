@@ -209,7 +209,7 @@ def tree_decode_config(dtype: str, head_dim: int, warps: int, soft_cap: bool) ->
 
 
 def worker_shared_bytes(head_dim: int, row_groups: int) -> int:
-    """Size of struct Shared in ``tree_decode_sm90.cu``, which asserts the same number."""
+    """Size of struct Shared in ``cuda_src/include/worker.cuh``, which asserts the same number."""
     keys, values = WORKER_STAGES[head_dim, row_groups]
     tokens = WORKER_TILE_TOKENS[row_groups]
     rings = (keys + values) * tokens * head_dim * 2

@@ -1,10 +1,12 @@
-"""Planner for persistent workers: every multiprocessor gets the same work, partial outputs only where tiles are cut.
+"""Planner for persistent workers: multiprocessors get equal work, and partial outputs arise only where tiles are cut.
 
 Requests are numbered in depth-first order, so that each node's requests are one range. Consecutive requests form a
 *tile* of up to 64 or 128 query rows of one KV head; a tile attends in one pass to every node that one of its requests
 goes through, each with the range of rows that may see it. The tiles of all KV heads are the work, measured in *steps*
-of 64 or 128 tokens. It is dealt out in equal stretches: a tile is cut only where one worker's stretch ends and the next
-begins (stream-K, Osama et al. 2023, https://arxiv.org/abs/2301.03598), or where there are fewer tiles than workers.
+of 64 or 128 tokens. It is dealt out in the way that the cost model finds cheapest: in equal stretches, so that a tile
+is cut only where one worker's stretch ends and the next begins (stream-K, Osama et al. 2023,
+https://arxiv.org/abs/2301.03598); in whole tiles, where cuts would cost more than they balance; or, where there are
+fewer tiles than workers, with each tile cut evenly.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ _FEW_STEPS = 10
 _MERGE_TOGETHER = 5
 """Pieces of a tile from which on workers merge together, where that is all that they do."""
 _SLICE_COLUMNS = 16
-"""Columns that one of them merges at a time: kSliceOutputs in tree_decode_sm90.cu, in both rows of a thread."""
+"""Columns that one of them merges at a time: kSliceOutputs in worker_output.cuh, in both rows of a thread."""
 _MANY_TILES = 32
 """Tiles a worker from which on it does not matter whether any are cut."""
 _SHARES = (1.0, 0.67, 0.5, 0.33, 0.25, 0.18, 0.12)

@@ -1,0 +1,248 @@
+// The end of a worker's item: outputs or partial ones, and the merge of the pieces of some rows.
+#pragma once
+#include "worker.cuh"
+
+constexpr int kSliceOutputs = 8;  // of a thread's accumulators, when workers merge together
+constexpr int kSlices = kOutputs / kSliceOutputs;
+constexpr int kPiecesAtATime = 8;  // whose parts of a slice are fetched together
+static_assert(kSliceOutputs % 4 == 0 && kOutputs % kSliceOutputs == 0, "slices are whole chunks of 8 columns");
+
+// The rows of a warpgroup, and where they go.
+struct Output {
+    const WorkParams& p;
+    Shared& s;
+    int group;  // warpgroup
+    int row_group;
+    WarpgroupRows rows;
+
+    __device__ __forceinline__ Output(const WorkParams& p, Shared& s)
+        : p(p), s(s), group(threadIdx.x / kGroupThreads), row_group(kRowGroups == 2 ? group : 0),
+          rows(row_group * kGroupRows) {}
+
+    // Writes the item's outputs, or its partial ones; the last piece merges them all, or the workers of the last pieces do
+    // so together.
+    __device__ __forceinline__ void write(const WorkItem& item) {
+        normalise();
+        if (item.pieces > 1) {
+            write_partial(item);
+            named_sync(kOwnGroup + group, kGroupThreads);
+            if (item.together) {
+                merge_together(item);
+                return;
+            }
+            if (!is_last(item)) return;
+            merge(item);
+            normalise();
+        }
+        write_outputs(item);
+    }
+    __device__ __forceinline__ void normalise() {
+        const float factor[2] = {rows.state[0].normaliser(), rows.state[1].normaliser()};
+        rows.scale_outputs(factor);
+    }
+
+    // A warp without rows of the item has nothing to write or merge.
+    __device__ __forceinline__ bool has_rows(const WorkItem& item) const {
+        return rows.first_row / 16 * 16 < item.num_requests * p.group;
+    }
+    __device__ __forceinline__ i64 partial(const WorkItem& item, int piece) const {
+        return i64(item.first_partial + piece) * kRowGroups + row_group;
+    }
+    __device__ __forceinline__ float* partial_lse(i64 partial, int half) const {
+        return p.mid_lse + partial * kGroupRows + rows.first_row % kGroupRows + half * 8;
+    }
+
+    __device__ __forceinline__ void write_partial(const WorkItem& item) {
+        if (!has_rows(item)) return;
+        const i64 to = partial(item, item.piece);
+        float* o = p.mid_o + to * kOutputs * kGroupThreads + threadIdx.x % kGroupThreads;
+#pragma unroll
+        for (int i = 0; i < kOutputs; ++i) __stcg(o + i * kGroupThreads, rows.o[i]);
+        if (threadIdx.x % 4 == 0) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                __stcg(partial_lse(to, half), rows.state[half].m + log2_approx(rows.state[half].l));
+            }
+        }
+    }
+
+    __device__ __forceinline__ bool leads() const { return threadIdx.x % kGroupThreads == 0; }
+
+    // Whether this piece is the last of its rows to be done.
+    __device__ __forceinline__ bool is_last(const WorkItem& item) {
+        if (leads()) {
+            int* counter = p.counters + item.counter * kRowGroups + row_group;
+            const bool last = add_acquire_release(counter, 1) == item.pieces - 1;
+            if (last) *counter = 0;  // for the next launch
+            s.merge[group] = last;
+        }
+        named_sync(kOwnGroup + group, kGroupThreads);
+        return s.merge[group];
+    }
+
+    // Where all workers end with the same rows, the last ones merge a slice of the columns each. They wait for the last
+    // piece, but not for ever: it need not be on the chip yet. Its worker takes what is left, so that nobody depends on a
+    // worker that waits.
+    __device__ __forceinline__ void merge_together(const WorkItem& item) {
+        int* done = p.counters + item.counter * kRowGroups + row_group * (2 + kSlices);
+        int* generation = done + 1;  // the number of launches so far
+        int* taken = done + 2;       // for each slice, the launch that was the last to merge it
+        int launch = 0, own = kSlices;  // of the leading thread: this launch, and its next slice
+        bool last = false;
+        if (leads()) {
+            launch = load_acquire(generation) + 1;
+            const int place = item.pieces - 1 - add_acquire_release(done, 1);
+            last = place == 0;
+            bool ready = last;
+            if (last) {
+                *done = 0;
+                store_release(generation, launch);
+            } else if (place < kSlices) {
+                for (int poll = 0; poll < p.polls && !ready; ++poll) ready = load_acquire(generation) == launch;
+            }
+            if (ready) own = place;
+        }
+        for (;;) {
+            if (leads()) s.merge[group] = next_slice(item, taken, launch, own, last);
+            named_sync(kOwnGroup + group, kGroupThreads);
+            const int slice = s.merge[group];
+            if (slice < 0) return;
+            merge_slice(item, slice);
+            named_sync(kOwnGroup + group, kGroupThreads);
+        }
+    }
+    // Takes the next slice for this warpgroup: one in so many as there are pieces, from `own` on; then, at the last piece,
+    // whatever nobody has taken. -1: none. By the leading thread.
+    __device__ __forceinline__ static int next_slice(const WorkItem& item, int* taken, int launch, int& own, bool last) {
+        while (own < kSlices) {
+            const int slice = own;
+            own += item.pieces;
+            if (atomicExch(taken + slice, launch) != launch) return slice;
+        }
+        if (!last) return -1;
+        u32 left = 0;
+#pragma unroll
+        for (int slice = 0; slice < kSlices; ++slice) left |= u32(load_relaxed(taken + slice) != launch) << slice;
+        for (; left != 0; left &= left - 1) {
+            const int slice = __ffs(left) - 1;
+            if (atomicExch(taken + slice, launch) != launch) return slice;
+        }
+        return -1;
+    }
+
+    // Merges a slice: several pieces are fetched at a time, and added in their order.
+    __device__ __forceinline__ void merge_slice(const WorkItem& item, int slice) {
+        if (!has_rows(item)) return;
+        float o[kSliceOutputs] = {};
+        rows.state[0] = rows.state[1] = SoftmaxState{};
+#pragma unroll 1
+        for (int first = 0; first < item.pieces; first += kPiecesAtATime) {
+            float fetched[kPiecesAtATime][kSliceOutputs], lse[kPiecesAtATime][2];
+#pragma unroll
+            for (int i = 0; i < kPiecesAtATime; ++i) {
+                const i64 from = partial(item, min(first + i, item.pieces - 1));
+                const float* part = p.mid_o + (from * kOutputs + slice * kSliceOutputs) * kGroupThreads;
+#pragma unroll
+                for (int row = 0; row < 2; ++row) lse[i][row] = __ldcg(partial_lse(from, row));
+#pragma unroll
+                for (int j = 0; j < kSliceOutputs; ++j) {
+                    fetched[i][j] = __ldcg(part + j * kGroupThreads + threadIdx.x % kGroupThreads);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < kPiecesAtATime; ++i) {
+                if (first + i < item.pieces) add_piece<kSliceOutputs>(o, fetched[i], lse[i]);
+            }
+        }
+        const float factor[2] = {rows.state[0].normaliser(), rows.state[1].normaliser()};
+#pragma unroll
+        for (int i = 0; i < kSliceOutputs; ++i) o[i] *= factor[i / 2 % 2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const QueryRow row(p, item, rows.first_row + half * 8);
+            if (slice == 0) write_lse(row, half);
+            write_columns<kSliceOutputs>(row, o + 2 * half, slice * kSliceOutputs * 2);
+        }
+    }
+    // Adds a part of a piece's accumulators to o, and its two rows' LSE to the states.
+    template <int kPart>
+    __device__ __forceinline__ void add_piece(float* o, const float* piece, const float (&lse)[2]) {
+        float weight[2], factor[2];
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+            SoftmaxState& state = rows.state[row];
+            const float m = fmaxf(state.m, lse[row]);
+            factor[row] = exp2_approx(state.m - SoftmaxState::finite_base(m));
+            weight[row] = exp2_approx(lse[row] - SoftmaxState::finite_base(m));
+            state.l = state.l * factor[row] + weight[row];
+            state.m = m;
+        }
+#pragma unroll
+        for (int i = 0; i < kPart; ++i) o[i] = o[i] * factor[i / 2 % 2] + piece[i] * weight[i / 2 % 2];
+    }
+
+    // Half of a thread's accumulators of a piece, and the LSE of its two rows.
+    struct Partial {
+        float o[kOutputs / 2];
+        float lse[2];
+    };
+    __device__ __forceinline__ Partial fetch(const WorkItem& item, int piece, int half) const {
+        const i64 from = partial(item, piece);
+        const float* o = p.mid_o + (from * kOutputs + half * (kOutputs / 2)) * kGroupThreads + threadIdx.x % kGroupThreads;
+        Partial fetched;
+#pragma unroll
+        for (int i = 0; i < kOutputs / 2; ++i) fetched.o[i] = __ldcg(o + i * kGroupThreads);
+#pragma unroll
+        for (int row = 0; row < 2; ++row) fetched.lse[row] = __ldcg(partial_lse(from, row));
+        return fetched;
+    }
+
+    // Adds the pieces up, in their order: the result does not depend on who does it. The next piece is fetched while one
+    // is added, half of it at a time for want of registers.
+    __device__ __forceinline__ void merge(const WorkItem& item) {
+        rows.reset();
+        if (!has_rows(item)) return;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            rows.state[0] = rows.state[1] = SoftmaxState{};
+            Partial ahead = fetch(item, 0, half);
+#pragma unroll 1
+            for (int piece = 0; piece < item.pieces; ++piece) {
+                const Partial current = ahead;
+                if (piece + 1 < item.pieces) ahead = fetch(item, piece + 1, half);
+                add_piece<kOutputs / 2>(rows.o + half * (kOutputs / 2), current.o, current.lse);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void write_outputs(const WorkItem& item) const {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const QueryRow row(p, item, rows.first_row + half * 8);
+            write_lse(row, half);
+            write_columns<kOutputs>(row, rows.o + 2 * half, 0);
+        }
+    }
+    // Writes a row's accumulators from a column on: o[0] and o[1], then o[4] and o[5] eight columns further, and so on.
+    template <int kCount>
+    __device__ __forceinline__ void write_columns(const QueryRow& row, const float* o, int column) const {
+        if (!row.valid) return;
+        u16* to = p.o + row.request * p.o_stride_request + row.head * p.o_stride_head + column + threadIdx.x % 4 * 2;
+        if (p.o_aligned) {
+#pragma unroll
+            for (int j = 0; j < kCount; j += 4) *reinterpret_cast<u32*>(to + 2 * j) = Element::pack(o[j], o[j + 1]);
+        } else {
+#pragma unroll
+            for (int j = 0; j < kCount; j += 4) {
+                const u32 pair = Element::pack(o[j], o[j + 1]);
+                to[2 * j] = u16(pair);
+                to[2 * j + 1] = u16(pair >> 16);
+            }
+        }
+    }
+    __device__ __forceinline__ void write_lse(const QueryRow& row, int half) const {
+        if (p.lse != nullptr && row.valid && threadIdx.x % 4 == 0) {
+            p.lse[row.request * p.qo_heads + row.head] = rows.state[half].natural_lse();
+        }
+    }
+};
