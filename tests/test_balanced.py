@@ -12,13 +12,14 @@ from fasttree_cupy.execution.kernels import WORKER_GROUP_ROWS, WORKER_TILE_TOKEN
 from fasttree_cupy.execution.schedule import BalancedSchedule
 from fasttree_cupy.planning import balanced
 from fasttree_cupy.planning.balanced import BalancedPlan
-from fasttree_cupy.planning.machine import H200_WORKERS, WorkerMachine
+from fasttree_cupy.planning.machine import H200_WORKERS, WorkerMachine, WorkerRates
 from tests.cases import TREES, Tree
 from tests.reference import dense_attention, path_rows
 from tests.test_decode import DTYPES
 from tests.tolerances import assert_close
 
-ROW_GROUPS = {1: H200_WORKERS._replace(double_step=1e6), 2: H200_WORKERS._replace(step=1e6)}
+SLOW = WorkerRates(1e6, 1e6, 1e6)
+ROW_GROUPS = {1: H200_WORKERS._replace(two_groups=SLOW), 2: H200_WORKERS._replace(one_group=SLOW)}
 """Machines for which two row groups, or one, look too slow."""
 
 

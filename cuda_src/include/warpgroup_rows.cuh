@@ -1,6 +1,6 @@
 // What a warpgroup does with a tile: 64 query rows against 64 or 128 tokens, with an online softmax.
 #pragma once
-#include "config.cuh"
+#include "chunk_products.cuh"
 #include "softmax.cuh"
 #include "wgmma.cuh"
 
@@ -112,14 +112,15 @@ struct WarpgroupRows {
         scale_outputs(factor);
     }
 
-    // Turns scores into weights, in place. `factor` is what outputs must take.
-    __device__ __forceinline__ void exponentials(Scores& s, float (&factor)[2], const ScoreScale& to_score) {
+    // Turns kScores scores of a thread into weights, in place. `factor` is what outputs must take.
+    template <int kScores>
+    __device__ __forceinline__ void exponentials(float (&s)[kScores], float (&factor)[2], const ScoreScale& to_score) {
         const float scale = to_score.factor();
         float highest[2][2];  // of the row's even and odd columns: short chains of dependent instructions
 #pragma unroll
         for (int i = 0; i < 4; ++i) highest[i / 2][i % 2] = s[i];
 #pragma unroll
-        for (int i = 4; i < kTileTokens / 2; ++i) {
+        for (int i = 4; i < kScores; ++i) {
             highest[i / 2 % 2][i % 2] = fmaxf(highest[i / 2 % 2][i % 2], s[i]);
         }
         float top[2] = {fmaxf(highest[0][0], highest[0][1]), fmaxf(highest[1][0], highest[1][1])};
@@ -138,7 +139,7 @@ struct WarpgroupRows {
         }
         float sum[2][2] = {};
 #pragma unroll
-        for (int i = 0; i < kTileTokens / 2; ++i) {
+        for (int i = 0; i < kScores; ++i) {
             s[i] = exp2_approx(s[i] * scale - base[i / 2 % 2]);
             sum[i / 2 % 2][i % 2] += s[i];
         }
@@ -174,6 +175,43 @@ struct WarpgroupRows {
             rows |= (below_end & ~below_begin) << (i * 16);
         }
         return rows;
+    }
+
+    // Attends this warp's rows to a chunk of a tile, when no products are under way. queries, keys, values, visible: as
+    // start_scores, start_values and weigh take them.
+    __device__ __forceinline__ void attend_chunk(int chunk, u32 queries, int query_panel_bytes, u32 keys, u32 values,
+                                                 u32 visible, const ScoreScale& to_score) {
+        const int lane = threadIdx.x % 32;
+        const ChunkPlace place(lane);
+        const u32 warp_rows = threadIdx.x % 128 / 32 * kWarpRowsOfGroup * kPanelRowBytes;
+        const u32 tokens = chunk * kChunkTokens * kPanelRowBytes;
+        float s[8];
+        chunk_scores(s, queries + warp_rows + place.by_rows, query_panel_bytes, keys + tokens + place.by_columns,
+                     kPanelBytes);
+        if (kSoftCap) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) s[i] = to_score.pass(s[i]);
+        }
+        hide_in_chunk(s, visible + (chunk * kChunkTokens + lane % 4 * 2) * 2);
+        float factor[2];
+        exponentials(s, factor, to_score);
+        // The maximum rarely moves by more than the slack: then there is nothing to rescale.
+        if (__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) scale_outputs(factor);
+        const u32 packed[4] = {Element::pack(s[0], s[1]), Element::pack(s[2], s[3]), Element::pack(s[4], s[5]),
+                               Element::pack(s[6], s[7])};
+        add_chunk_values(o, packed, values + tokens + place.by_rows, kPanelBytes);
+    }
+    // Hides from each row what it does not see. visible: address of two bytes for each of this lane's two first tokens.
+    __device__ __forceinline__ void hide_in_chunk(float (&s)[8], u32 visible) const {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const u32 pair = load_shared(visible + j * 16);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const u32 begin = pair >> (i % 2 * 16) & 0xff, count = pair >> (i % 2 * 16 + 8) & 0xff;
+                if (u32(first_row + i / 2 * 8) - begin >= count) s[4 * j + i] = -kInfinity;
+            }
+        }
     }
 
     __device__ __forceinline__ void scale_outputs(const float (&factor)[2]) {

@@ -23,6 +23,7 @@ static_assert(kGroupThreads * (kProducerRegisters + 2 * kConsumerRegisters) <= 6
 constexpr int kWarpTokens = kTileTokens / kProducerWarps;
 constexpr int kWarpRows = kRows / kProducerWarps;
 constexpr int kChunks = kHeadDim / 8;          // of 8 elements, 16 bytes
+constexpr int kTileChunks = kTileTokens / kChunkTokens;  // as warps attend them alone
 constexpr int kTileBytes = kTileTokens * kHeadDim * 2;
 constexpr int kQueryBytes = kRows * kHeadDim * 2;
 
@@ -31,7 +32,7 @@ static_assert(kValueStages > kTokenGroups, "each warpgroup holds the values of a
 static_assert(kWarpTokens <= kWarpSize && kWarpRows <= kWarpSize, "a lane holds one row's place");
 
 // Named barriers, one for each warpgroup.
-constexpr int kExchange = 1, kOwnGroup = 3, kTurn = 5;
+constexpr int kExchange = 1, kOwnGroup = 3;
 
 struct Shared {
     alignas(1024) unsigned char k[kKeyStages][kTileBytes];
@@ -42,6 +43,7 @@ struct Shared {
     // Twice as many: a tile's keys are done with before its view is.
     TileView view[2 * kKeyStages];
     u16 visible[2 * kKeyStages][kTileTokens];
+    alignas(kTileChunks) unsigned char seen_by[2 * kKeyStages][kTileChunks];  // of the block's 16 rows each: a bit
     Barrier k_full[kKeyStages], k_empty[kKeyStages], v_full[kValueStages], v_empty[kValueStages], q_empty[2];
     int merge[2];  // what a warpgroup is to merge
 };

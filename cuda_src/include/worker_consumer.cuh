@@ -2,6 +2,23 @@
 #pragma once
 #include "worker_output.cuh"
 
+// A bit for each of the block's 16 rows, in a byte for each chunk of a tile.
+template <int kBytes>
+struct Bits;
+template <>
+struct Bits<4> { using Type = u32; };
+template <>
+struct Bits<8> { using Type = u64; };
+using Chunks = Bits<kTileChunks>::Type;
+constexpr Chunks kEveryChunk = Chunks(0x0101010101010101u);
+__device__ __forceinline__ int count_bits(u32 bits) { return __popc(bits); }
+__device__ __forceinline__ int count_bits(u64 bits) { return __popcll(bits); }
+__device__ __forceinline__ int first_bit(u32 bits) { return __ffs(bits) - 1; }
+__device__ __forceinline__ int first_bit(u64 bits) { return __ffsll(bits) - 1; }
+
+// A tile's chunks times the warps that see them, of a warpgroup, up to which its warps attend the tile apart: half of all.
+constexpr int kMostApart = kTileChunks * 2;
+
 struct Consumer : Output {
     Ring<kKeyStages> keys;  // the place of this warpgroup's current tile
     Ring<kValueStages> values;
@@ -18,7 +35,6 @@ struct Consumer : Output {
         int turn = 0;  // of the items that have tokens
         // The warpgroups write in turn: while one does, the other is at the next item's tiles.
         int writer = 0;
-        if (kRowGroups == 2 && group == 1) named_arrive(kTurn, 2 * kGroupThreads);
         for (int index = blockIdx.x; index >= 0; writer ^= 1) {
             const WorkItem& item = p.items[index];
             const int next = item.next;
@@ -53,9 +69,30 @@ struct Consumer : Output {
         if (threadIdx.x % kWarpSize == 0) barrier_arrive(barrier);
     }
 
-    // Attends this warpgroup's tiles of an item. The values of a tile are added during the softmax of the next one.
+    // Attends this warpgroup's tiles of an item: those whose tokens most rows see together, the others warp by warp.
     __device__ __forceinline__ void attend_tiles(int end, u32 queries) {
-        if (tile >= end) return;
+        while (tile < end) {
+            if (seen_together()) {
+                attend_together(end, queries);
+            } else {
+                attend_apart(queries);
+            }
+        }
+    }
+
+    // The chunks of the tile that this warp's rows see, once the tile's keys are there: one bit in eight a chunk.
+    __device__ __forceinline__ Chunks chunks_of(int first_warp) const {
+        return *reinterpret_cast<const Chunks*>(s.seen_by[keys.view()]) >> first_warp;
+    }
+    // Whether the warpgroup's products are worth it for the current tile, whose keys it waits for.
+    __device__ __forceinline__ bool seen_together() const {
+        barrier_wait(s.k_full[keys.stage], keys.parity);
+        return count_bits(chunks_of(row_group * 4) & kEveryChunk * 0xf) > kMostApart;
+    }
+
+    // Attends tiles up to the next one that is not seen together. The values of a tile are added during the softmax of the
+    // next one.
+    __device__ __forceinline__ void attend_together(int end, u32 queries) {
         WarpgroupRows::Scores scores;
         start_scores(scores, queries);
         WarpgroupRows::View view = rows.view_of(s.view[keys.view()]);
@@ -65,12 +102,10 @@ struct Consumer : Output {
         Ring<kValueStages> behind = values;  // the tile whose values are still to be added
         advance();
 #pragma unroll 1
-        while (tile < end) {
-            if (kRowGroups == 2) named_sync(kTurn + group, 2 * kGroupThreads);
+        while (tile < end && seen_together()) {
             start_scores(scores, queries);
             view = rows.view_of(s.view[keys.view()]);
             start_values(behind);
-            if (kRowGroups == 2) named_arrive(kTurn + (group ^ 1), 2 * kGroupThreads);
             products_wait<1>(scores);
             arrive(s.k_empty[keys.stage]);
             weigh(scores, view, [&] { arrive(s.v_empty[behind.stage]); });
@@ -81,8 +116,22 @@ struct Consumer : Output {
         products_wait<0>(rows.o);
         arrive(s.v_empty[behind.stage]);
     }
+    // Attends one tile, each warp the chunks that its rows see.
+    __device__ __forceinline__ void attend_apart(u32 queries) {
+        Chunks mine = chunks_of(row_group * 4 + threadIdx.x % kGroupThreads / kWarpSize) & kEveryChunk;
+        barrier_wait(s.v_full[values.stage], values.parity);
+#pragma unroll 1
+        for (; mine != 0; mine &= mine - 1) {
+            rows.attend_chunk(first_bit(mine) / 8, queries, kRows * kPanelRowBytes, shared_address(s.k[keys.stage]),
+                              shared_address(s.v[values.stage]), shared_address(s.visible[keys.view()]),
+                              ScoreScale{p.sm_scale, p.logit_cap});
+        }
+        __syncwarp();
+        arrive(s.k_empty[keys.stage]);
+        arrive(s.v_empty[values.stage]);
+        advance();
+    }
     __device__ __forceinline__ void start_scores(WarpgroupRows::Scores& scores, u32 queries) {
-        barrier_wait(s.k_full[keys.stage], keys.parity);
         fence_shared_async();
         WarpgroupRows::start_scores(scores, queries, kRows * kPanelRowBytes, shared_address(s.k[keys.stage]));
     }

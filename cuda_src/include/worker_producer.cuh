@@ -147,10 +147,19 @@ struct Producer {
             search(segments, begin, end, num_rows, own, share, visible, view);
         }
         if (lane < kWarpTokens) s.visible[keys.view()][warp * kWarpTokens + lane] = u16(visible);
+        note_chunks(visible);
         if (warp == 0 && lane == 0) s.view[keys.view()] = view;
         return share;
     }
-    // The same for a tile of several segments.
+    // Notes which of the block's 16 rows see this warp's chunks of the tile.
+    __device__ __forceinline__ void note_chunks(int visible) {
+        constexpr int kChunks = kWarpTokens / kChunkTokens;
+        const int begin = visible & 0xff, count = visible >> 8;
+        const u32 seen_by = count > 0 ? (2u << (begin + count - 1) / 16) - (1u << begin / 16) : 0;
+        const u32 chunks = __reduce_or_sync(0xffffffffu, seen_by << lane % kWarpTokens / kChunkTokens * 8);
+        if (lane < kChunks) s.seen_by[keys.view()][warp * kChunks + lane] = (unsigned char)(chunks >> lane * 8);
+    }
+    // Finds the share in a tile of several segments.
     __device__ __forceinline__ void search(SegmentStream& segments, int begin, int end, int num_rows, int own, Share& share,
                                            int& visible, TileView& view) {
         for (int held_from = begin;;) {

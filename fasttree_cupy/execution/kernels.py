@@ -216,7 +216,7 @@ def worker_shared_bytes(head_dim: int, row_groups: int) -> int:
     queries = 2 * row_groups * WORKER_GROUP_ROWS * head_dim * 2
     # The second token group's accumulators and softmax states; with two row groups there is none.
     exchange = WORKER_GROUP_ROWS * (head_dim * 4 + 8) if row_groups == 1 else 4 + 8
-    views = 2 * keys * (16 + 2 * tokens)
+    views = 2 * keys * (16 + 2 * tokens + tokens // 16)
     barriers = (2 * (keys + values) + 2) * 8 + 2 * 4
     return -(-(-(-(rings + queries + exchange) // 16) * 16 + views + barriers) // 1024) * 1024
 
