@@ -13,8 +13,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) tree_decode_sm90(const
     if (threadIdx.x == 0) {
         prefetch_item(p.items + blockIdx.x);
         // A thread arrives when its copies are there; for what warps store beside the keys, they arrive once more.
-        for (Barrier& barrier : s.k_full) barrier_init(barrier, kProducerWarps * (kWarpSize + 1));
-        for (Barrier& barrier : s.v_full) barrier_init(barrier, kProducerWarps * kWarpSize);
+        for (Barrier& barrier : s.k_full) barrier_init(barrier, kTileWarps * (kWarpSize + 1));
+        for (Barrier& barrier : s.v_full) barrier_init(barrier, kTileWarps * kWarpSize);
+        for (Barrier& barrier : s.q_full) barrier_init(barrier, kProducerWarps * kWarpSize);
         for (Barrier& barrier : s.k_empty) barrier_init(barrier, kConsumerWarps / kTokenGroups);
         for (Barrier& barrier : s.v_empty) barrier_init(barrier, kConsumerWarps / kTokenGroups);
         for (Barrier& barrier : s.q_empty) barrier_init(barrier, kConsumerWarps);

@@ -6,7 +6,7 @@
 #include "wgmma.cuh"
 
 constexpr int kChunkTokens = 16;
-constexpr int kWarpRowsOfGroup = 16;
+constexpr int kChunkRows = 16;  // of a warp
 
 // Offsets of what a lane addresses for ldmatrix in 16 rows of a panel: row i % 8 of matrix i / 8.
 struct ChunkPlace {

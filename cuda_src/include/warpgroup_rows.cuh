@@ -16,27 +16,6 @@ constexpr int kPanelBytes = kTileTokens * kPanelRowBytes;
 static_assert(kHeadDim == 64 || kHeadDim == 128, "whole panels, and accumulators that fit the registers");
 static_assert(kTileTokens == 64 || kTileTokens == 128, "the shapes of products that wgmma.cuh has");
 
-// Which rows see a tile's tokens, as ranges of rows of the block.
-struct alignas(16) TileView {
-    int any_begin, any_end;  // outside, no row sees any token
-    int all_begin, all_end;  // inside, every row sees every token
-
-    // Adds a segment that rows [begin, end) of num_rows see. What rows past the last compute is never looked at.
-    __device__ __forceinline__ void add(int begin, int end, int num_rows) {
-        any_begin = min(any_begin, begin);
-        any_end = max(any_end, end);
-        all_begin = max(all_begin, begin);
-        if (end < num_rows) all_end = min(all_end, end);
-    }
-    // Adds up what the lanes of a warp have added.
-    __device__ __forceinline__ void reduce() {
-        any_begin = __reduce_min_sync(0xffffffffu, any_begin);
-        any_end = __reduce_max_sync(0xffffffffu, any_end);
-        all_begin = __reduce_max_sync(0xffffffffu, all_begin);
-        all_end = __reduce_min_sync(0xffffffffu, all_end);
-    }
-};
-
 // 64 rows, and of each its softmax state and output over the tokens seen so far. A thread holds a part of two rows,
 // those of lane / 4 and lane / 4 + 8 in the 16 rows of its warp.
 struct WarpgroupRows {
@@ -84,10 +63,6 @@ struct WarpgroupRows {
         bool any;    // false: no row sees any token
         bool whole;  // every row sees every token
     };
-    __device__ __forceinline__ View view_of(const TileView& tile) const {
-        const int begin = first_row / 16 * 16, end = begin + 16;
-        return {tile.any_begin < end && tile.any_end > begin, tile.all_begin <= begin && tile.all_end >= end};
-    }
 
     // Scores into the weights of the tile whose values are added next. visible: address of two bytes a token, the first
     // row that sees it and, in the upper byte, how many do. after_values(): called when the values of the tile before
@@ -183,7 +158,7 @@ struct WarpgroupRows {
                                                  u32 visible, const ScoreScale& to_score) {
         const int lane = threadIdx.x % 32;
         const ChunkPlace place(lane);
-        const u32 warp_rows = threadIdx.x % 128 / 32 * kWarpRowsOfGroup * kPanelRowBytes;
+        const u32 warp_rows = threadIdx.x % 128 / 32 * kChunkRows * kPanelRowBytes;
         const u32 tokens = chunk * kChunkTokens * kPanelRowBytes;
         float s[8];
         chunk_scores(s, queries + warp_rows + place.by_rows, query_panel_bytes, keys + tokens + place.by_columns,

@@ -20,7 +20,10 @@ constexpr int kGroupThreads = 128;
 constexpr int kProducerRegisters = 88;
 constexpr int kConsumerRegisters = 208;
 static_assert(kGroupThreads * (kProducerRegisters + 2 * kConsumerRegisters) <= 65536, "registers of a multiprocessor");
-constexpr int kWarpTokens = kTileTokens / kProducerWarps;
+constexpr int kTileWarps = kRowGroups == 2 ? 4 : 1;  // producer warps that gather a tile together
+constexpr int kTilesAtATime = kProducerWarps / kTileWarps;
+constexpr int kWarpTokens = kTileTokens / kTileWarps;
+constexpr int kLaneTokens = kWarpTokens / kWarpSize;
 constexpr int kWarpRows = kRows / kProducerWarps;
 constexpr int kChunks = kHeadDim / 8;          // of 8 elements, 16 bytes
 constexpr int kTileChunks = kTileTokens / kChunkTokens;  // as warps attend them alone
@@ -29,10 +32,19 @@ constexpr int kQueryBytes = kRows * kHeadDim * 2;
 
 static_assert(kRowGroups == 1 || kRowGroups == 2, "two warpgroups split rows or tokens");
 static_assert(kValueStages > kTokenGroups, "each warpgroup holds the values of a tile while it waits for the next one");
-static_assert(kWarpTokens <= kWarpSize && kWarpRows <= kWarpSize, "a lane holds one row's place");
+static_assert(kWarpRows <= kWarpSize, "a lane holds one row's place");
+// A barrier's parity does not tell a phase from the one after the next.
+static_assert(kTilesAtATime <= kKeyStages && kTilesAtATime <= kValueStages, "who waits for a phase has seen the one before");
+static_assert(kKeyStages % kTokenGroups == 0, "a tile's keys and its view take the places of the same warpgroup's");
 
 // Named barriers, one for each warpgroup.
 constexpr int kExchange = 1, kOwnGroup = 3;
+
+// Which of the block's rows see a tile's tokens: a bit for each 16 rows, and of these
+struct alignas(8) TileView {
+    unsigned char seen_by[kTileChunks];  // some row sees some token of the chunk
+    unsigned char whole[kTileWarps];     // every row sees every token of a producer warp's part
+};
 
 struct Shared {
     alignas(1024) unsigned char k[kKeyStages][kTileBytes];
@@ -43,8 +55,7 @@ struct Shared {
     // Twice as many: a tile's keys are done with before its view is.
     TileView view[2 * kKeyStages];
     u16 visible[2 * kKeyStages][kTileTokens];
-    alignas(kTileChunks) unsigned char seen_by[2 * kKeyStages][kTileChunks];  // of the block's 16 rows each: a bit
-    Barrier k_full[kKeyStages], k_empty[kKeyStages], v_full[kValueStages], v_empty[kValueStages], q_empty[2];
+    Barrier k_full[kKeyStages], k_empty[kKeyStages], v_full[kValueStages], v_empty[kValueStages], q_full[2], q_empty[2];
     int merge[2];  // what a warpgroup is to merge
 };
 static_assert(sizeof(Shared) == FT_SHARED_BYTES, "host and device agree on shared memory");
@@ -58,10 +69,9 @@ struct Ring {
     __device__ __forceinline__ int view() const { return stage + parity * kStages; }
     __device__ __forceinline__ void advance(int by) {
         stage += by;
-        if (stage >= kStages) {
-            stage -= kStages;
-            parity ^= 1;
-        }
+        const int laps = stage / kStages;
+        stage -= laps * kStages;
+        parity ^= laps & 1;
     }
 };
 

@@ -2,19 +2,24 @@
 #pragma once
 #include "worker_output.cuh"
 
-// A bit for each of the block's 16 rows, in a byte for each chunk of a tile.
+// A byte for each chunk of a tile, in it a bit for each of the block's 16 rows.
 template <int kBytes>
-struct Bits;
+struct Bytes;
 template <>
-struct Bits<4> { using Type = u32; };
+struct Bytes<4> {
+    using Type = u32;
+    static __device__ __forceinline__ int count(u32 bits) { return __popc(bits); }
+    static __device__ __forceinline__ int first(u32 bits) { return __ffs(bits) - 1; }
+};
 template <>
-struct Bits<8> { using Type = u64; };
-using Chunks = Bits<kTileChunks>::Type;
+struct Bytes<8> {
+    using Type = u64;
+    static __device__ __forceinline__ int count(u64 bits) { return __popcll(bits); }
+    static __device__ __forceinline__ int first(u64 bits) { return __ffsll(bits) - 1; }
+};
+using ChunkBits = Bytes<kTileChunks>;
+using Chunks = ChunkBits::Type;
 constexpr Chunks kEveryChunk = Chunks(0x0101010101010101u);
-__device__ __forceinline__ int count_bits(u32 bits) { return __popc(bits); }
-__device__ __forceinline__ int count_bits(u64 bits) { return __popcll(bits); }
-__device__ __forceinline__ int first_bit(u32 bits) { return __ffs(bits) - 1; }
-__device__ __forceinline__ int first_bit(u64 bits) { return __ffsll(bits) - 1; }
 
 // A tile's chunks times the warps that see them, of a warpgroup, up to which its warps attend the tile apart: half of all.
 constexpr int kMostApart = kTileChunks * 2;
@@ -42,6 +47,7 @@ struct Consumer : Output {
             end += ceil_div(item.tokens, kTileTokens);
             rows.reset();
             if (item.tokens > 0) {
+                barrier_wait(s.q_full[turn % 2], turn / 2 % 2);
                 attend_tiles(end, shared_address(s.q[turn % 2]) + row_group * kGroupRows * kPanelRowBytes);
                 arrive(s.q_empty[turn % 2]);
                 ++turn;
@@ -80,14 +86,23 @@ struct Consumer : Output {
         }
     }
 
-    // The chunks of the tile that this warp's rows see, once the tile's keys are there: one bit in eight a chunk.
-    __device__ __forceinline__ Chunks chunks_of(int first_warp) const {
-        return *reinterpret_cast<const Chunks*>(s.seen_by[keys.view()]) >> first_warp;
+    __device__ __forceinline__ const TileView& view() const { return s.view[keys.view()]; }
+    // Who sees the current tile's chunks: the block's 16 rows from `first` on come first in each byte.
+    __device__ __forceinline__ Chunks seen_by(int first) const {
+        return *reinterpret_cast<const Chunks*>(view().seen_by) >> first;
+    }
+    // The chunks that this warp's rows see.
+    __device__ __forceinline__ Chunks own_chunks() const { return seen_by(rows.first_row / kChunkRows) & kEveryChunk; }
+    __device__ __forceinline__ WarpgroupRows::View own_view() const {
+        u32 whole = view().whole[0];
+#pragma unroll
+        for (int part = 1; part < kTileWarps; ++part) whole &= view().whole[part];
+        return {own_chunks() != 0, (whole >> rows.first_row / kChunkRows & 1) != 0};
     }
     // Whether the warpgroup's products are worth it for the current tile, whose keys it waits for.
     __device__ __forceinline__ bool seen_together() const {
         barrier_wait(s.k_full[keys.stage], keys.parity);
-        return count_bits(chunks_of(row_group * 4) & kEveryChunk * 0xf) > kMostApart;
+        return ChunkBits::count(seen_by(row_group * 4) & kEveryChunk * 0xf) > kMostApart;
     }
 
     // Attends tiles up to the next one that is not seen together. The values of a tile are added during the softmax of the
@@ -95,7 +110,7 @@ struct Consumer : Output {
     __device__ __forceinline__ void attend_together(int end, u32 queries) {
         WarpgroupRows::Scores scores;
         start_scores(scores, queries);
-        WarpgroupRows::View view = rows.view_of(s.view[keys.view()]);
+        WarpgroupRows::View view = own_view();
         products_wait<0>(scores);
         arrive(s.k_empty[keys.stage]);
         weigh(scores, view, [] {});
@@ -104,7 +119,7 @@ struct Consumer : Output {
 #pragma unroll 1
         while (tile < end && seen_together()) {
             start_scores(scores, queries);
-            view = rows.view_of(s.view[keys.view()]);
+            view = own_view();
             start_values(behind);
             products_wait<1>(scores);
             arrive(s.k_empty[keys.stage]);
@@ -118,11 +133,11 @@ struct Consumer : Output {
     }
     // Attends one tile, each warp the chunks that its rows see.
     __device__ __forceinline__ void attend_apart(u32 queries) {
-        Chunks mine = chunks_of(row_group * 4 + threadIdx.x % kGroupThreads / kWarpSize) & kEveryChunk;
+        Chunks mine = own_chunks();
         barrier_wait(s.v_full[values.stage], values.parity);
 #pragma unroll 1
         for (; mine != 0; mine &= mine - 1) {
-            rows.attend_chunk(first_bit(mine) / 8, queries, kRows * kPanelRowBytes, shared_address(s.k[keys.stage]),
+            rows.attend_chunk(ChunkBits::first(mine) / 8, queries, kRows * kPanelRowBytes, shared_address(s.k[keys.stage]),
                               shared_address(s.v[values.stage]), shared_address(s.visible[keys.view()]),
                               ScoreScale{p.sm_scale, p.logit_cap});
         }

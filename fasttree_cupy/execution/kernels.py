@@ -37,7 +37,7 @@ TREE_DECODE_STAGES = 2
 
 WORKER_COMPUTE_CAPABILITY = 90
 """Compute capability times ten of the GPUs that have ``tree_decode_sm90``'s warpgroup products: these and no others."""
-WORKER_STAGES = {(64, 1): (8, 8), (128, 1): (5, 5), (64, 2): (5, 4), (128, 2): (3, 2)}
+WORKER_STAGES = {(64, 1): (8, 8), (128, 1): (6, 4), (64, 2): (5, 4), (128, 2): (3, 2)}
 """Head dim, row groups -> tiles in the rings of keys and values of ``tree_decode_sm90``: what the shared memory of a
 multiprocessor holds."""
 WORKER_HEAD_DIMS = (64, 128)
@@ -216,8 +216,8 @@ def worker_shared_bytes(head_dim: int, row_groups: int) -> int:
     queries = 2 * row_groups * WORKER_GROUP_ROWS * head_dim * 2
     # The second token group's accumulators and softmax states; with two row groups there is none.
     exchange = WORKER_GROUP_ROWS * (head_dim * 4 + 8) if row_groups == 1 else 4 + 8
-    views = 2 * keys * (16 + 2 * tokens + tokens // 16)
-    barriers = (2 * (keys + values) + 2) * 8 + 2 * 4
+    views = 2 * keys * (tokens // 8 + 2 * tokens)
+    barriers = (2 * (keys + values) + 4) * 8 + 2 * 4
     return -(-(-(-(rings + queries + exchange) // 16) * 16 + views + barriers) // 1024) * 1024
 
 
