@@ -6,6 +6,7 @@ struct Consumer : Output {
     Ring<kKeyStages> keys;  // the place of this warpgroup's current tile
     Ring<kValueStages> values;
     int tile;               // its number among all that the worker has
+    float keys_scale;       // of the item's KV head
 
     __device__ __forceinline__ Consumer(const WorkParams& p, Shared& s)
         : Output(p, s), tile(kTokenGroups == 2 ? group : 0) {
@@ -23,6 +24,7 @@ struct Consumer : Output {
             const WorkItem& item = p.items[index];
             const int next = item.next;
             fetch_ahead(item, next);
+            keys_scale = key_scale(p, item.kv_head);
             end += ceil_div(item.tokens, kTileTokens);
             rows.reset();
             if (item.tokens > 0) {
@@ -94,7 +96,7 @@ struct Consumer : Output {
     template <typename AfterValues>
     __device__ __forceinline__ void weigh(WarpgroupRows::Scores& scores, const WarpgroupRows::View& view,
                                           const AfterValues& after_values) {
-        rows.weigh(scores, view, shared_address(s.visible[keys.view()]), ScoreScale{p.sm_scale, p.logit_cap},
+        rows.weigh(scores, view, shared_address(s.visible[keys.view()]), ScoreScale{p.sm_scale * keys_scale, p.logit_cap},
                    after_values);
     }
     __device__ __forceinline__ void advance() {

@@ -51,9 +51,31 @@ struct SegmentStream {
     }
 };
 
+constexpr int kCopyChunks = kHeadDim * int(sizeof(KVBits)) / 16;  // of 16 bytes, in a row of K or V
+
+#if defined(FT_KV_ELEMENT)
+// Where a lane writes when a warp copies float8 rows of kCopyChunks chunks of 16 bytes, 512 bytes a pass. In rows of 128
+// bytes the odd ones have their halves exchanged, see Float8Producer.
+struct CopyPlace {
+    static constexpr int kRowsPerPass = kWarpSize / kCopyChunks;
+    u32 lane_offset;
+
+    __device__ __forceinline__ CopyPlace(int, int lane) : lane_offset(offset(lane / kCopyChunks, lane % kCopyChunks)) {}
+
+    static __device__ __forceinline__ u32 offset(int row, int chunk) {
+        return row * kHeadDim + (chunk ^ (kCopyChunks == 8 ? row % 2 * 4 : 0)) * 16;
+    }
+    __device__ __forceinline__ u32 offset(int pass) const { return lane_offset + pass * kWarpSize * 16; }
+};
+#else
+using CopyPlace = PanelPlace<kTileTokens, kChunks>;
+#endif
+
 // A warp that gathers its share of every tile.
 struct Producer {
-    using Place = PanelPlace<kTileTokens, kChunks>;
+    using Place = CopyPlace;
+    // A thread arrives when its copies are there; for what warps store beside the keys, they arrive once more.
+    static constexpr int kKeyArrivals = kProducerWarps * (kWarpSize + 1), kValueArrivals = kProducerWarps * kWarpSize;
     const WorkParams& p;
     Shared& s;
     int warp, lane;
@@ -72,7 +94,8 @@ struct Producer {
 
     __device__ __forceinline__ Producer(const WorkParams& p, Shared& s)
         : p(p), s(s), warp(threadIdx.x / kWarpSize - kConsumerWarps), lane(threadIdx.x % kWarpSize),
-          place(warp * kWarpTokens, lane), k_stride(int(p.k_stride_token) * 2), v_stride(int(p.v_stride_token) * 2) {}
+          place(warp * kWarpTokens, lane), k_stride(int(p.k_stride_token) * int(sizeof(KVBits))),
+          v_stride(int(p.v_stride_token) * int(sizeof(KVBits))) {}
 
     __device__ __forceinline__ void run() {
         // Turns count the items that have tokens: only there do consumers wait for producers, and a barrier's parity does
@@ -91,24 +114,29 @@ struct Producer {
 
     __device__ __forceinline__ void load_item(const WorkItem& item, int slot) {
         const QueryRow query(p, item, warp * kWarpRows + lane % kWarpRows);
-        k = i64(p.k + item.kv_head * p.k_stride_head + lane % kChunks * 8);
-        v = i64(p.v + item.kv_head * p.v_stride_head + lane % kChunks * 8);
+        choose_head(item.kv_head);
         SegmentStream segments(p, item, lane);
 #pragma unroll 1
         for (int begin = 0; begin < item.tokens; begin += kTileTokens) {
             barrier_wait(s.k_empty[keys.stage], keys.parity ^ 1);
             const Share share = lay_out(item, segments, begin, min(begin + kTileTokens, item.tokens));
-            copy_share(share, s.k[keys.stage], k, k_stride);
+            copy_share(share, shared_address(s.k[keys.stage]), k, k_stride);
             if (begin == 0) load_queries(query, slot);
             __syncwarp();  // the tile's view is written
             arrive_after_copies(shared_address(&s.k_full[keys.stage]));
             if (lane == 0) barrier_arrive(s.k_full[keys.stage]);
             barrier_wait(s.v_empty[values.stage], values.parity ^ 1);
-            copy_share(share, s.v[values.stage], v, v_stride);
+            copy_share(share, shared_address(s.v[values.stage]), v, v_stride);
             arrive_after_copies(shared_address(&s.v_full[values.stage]));
             keys.advance(1);
             values.advance(1);
         }
+    }
+
+    __device__ __forceinline__ void choose_head(int kv_head) {
+        const int column = lane % kCopyChunks * (16 / int(sizeof(KVBits)));
+        k = i64(p.k + kv_head * p.k_stride_head + column);
+        v = i64(p.v + kv_head * p.v_stride_head + column);
     }
 
     // Starts the copy of this warp's share of an item's queries, whose rows its lanes hold; rows past the last are zero.
@@ -176,12 +204,11 @@ struct Producer {
     }
 
     // Starts the copy of this warp's share of a tile.
-    __device__ __forceinline__ void copy_share(const Share& share, const void* tile, i64 base, int stride) const {
-        const u32 to = shared_address(tile);
+    __device__ __forceinline__ void copy_share(const Share& share, u32 to, i64 base, int stride) const {
         constexpr int kPasses = kWarpTokens / Place::kRowsPerPass;
         if (share.run >= 0) {
             const i64 step = i64(stride) * Place::kRowsPerPass;
-            i64 from = row_address(base, share.run + lane / kChunks, stride);
+            i64 from = row_address(base, share.run + lane / kCopyChunks, stride);
 #pragma unroll
             for (int pass = 0; pass < kPasses; ++pass, from += step) {
                 ::copy_async_16(to + place.offset(pass), reinterpret_cast<const void*>(from));
@@ -189,7 +216,7 @@ struct Producer {
         } else {
 #pragma unroll
             for (int pass = 0; pass < kPasses; ++pass) {
-                const int in_warp = pass * Place::kRowsPerPass + lane / kChunks;
+                const int in_warp = pass * Place::kRowsPerPass + lane / kCopyChunks;
                 const int row = __shfl_sync(0xffffffffu, share.row, in_warp);
                 copy_async_16(to + place.offset(pass), reinterpret_cast<const void*>(row_address(base, row, stride)),
                               in_warp < share.count);
