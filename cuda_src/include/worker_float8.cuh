@@ -8,9 +8,6 @@ __device__ __forceinline__ void load_shared(u32 (&words)[4], u32 address) {
                  : "r"(address)
                  : "memory");
 }
-__device__ __forceinline__ void store_shared(u32 address, u32 a, u32 b, u32 c, u32 d) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
-}
 // Waits until at most `pending` groups of copies are under way, which are kMost at most.
 template <int kMost>
 __device__ __forceinline__ void wait_copies(int pending) {
@@ -135,13 +132,7 @@ struct Float8Producer : Producer {
 #pragma unroll
             for (int pass = 0; pass < kBatch; ++pass) {
                 const u32 to = tile + widen.tile_offset(pass);
-                u32 pairs[8];
-#pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    pairs[i] = Element::from_halves(KVElement::to_halves(words[pass][i / 2], i % 2));
-                }
-                store_shared(to, pairs[0], pairs[1], pairs[2], pairs[3]);
-                store_shared(to ^ 16, pairs[4], pairs[5], pairs[6], pairs[7]);
+                store_widened(to, to ^ 16, words[pass]);
             }
             rows += widen.raw_offset(kBatch);
             tile += kBatch * CopyPlace::kRowsPerPass * kPanelRowBytes;

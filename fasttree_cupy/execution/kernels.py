@@ -265,13 +265,14 @@ def all_configs(compute_capability: int) -> list[KernelConfig]:
     configs = []
     for dtype, head_dim in itertools.product(ELEMENT_NAMES, HEAD_DIMS):
         configs += [KernelConfig(name, dtype, head_dim) for name in ("stage2", "merge_states")]
-        for cap in (False, True):
-            configs.append(KernelConfig("stage1_plain", dtype, head_dim, soft_cap=cap))
+        for cap, kv in itertools.product((False, True), (None, *FLOAT8_NAMES)):
+            configs.append(KernelConfig("stage1_plain", dtype, head_dim, soft_cap=cap, kv_dtype=kv))
             if compute_capability >= MMA_COMPUTE_CAPABILITY:
-                configs += [KernelConfig("stage1_mma", dtype, head_dim, t, soft_cap=cap) for t in tiles(head_dim)]
-                configs += [tree_decode_config(dtype, head_dim, warps, cap) for warps in block_warps(head_dim)]
+                if kv is None:
+                    configs += [KernelConfig("stage1_mma", dtype, head_dim, t, soft_cap=cap) for t in tiles(head_dim)]
+                configs += [tree_decode_config(dtype, head_dim, warps, cap, kv) for warps in block_warps(head_dim)]
             if worker_problem(compute_capability, 1, head_dim) is None:
-                configs += [worker_config(dtype, head_dim, row_groups, cap) for row_groups in WORKER_ROW_GROUPS]
+                configs += [worker_config(dtype, head_dim, row_groups, cap, kv) for row_groups in WORKER_ROW_GROUPS]
     return configs
 
 
