@@ -190,10 +190,10 @@ class DecodePlan:
                 work = streams.WorkStream(streams.stream_handle(stream, arrays.framework_of(q), place[1]), place[1])
             q_view, k_view, v_view = (arrays.view(name, array, work) for name, array in (("q", q), ("k", k), ("v", v)))
             self._check(q_view, k_view, v_view)
-            k_factor, v_factor = (
-                checked_scale("k_scale", k_scale, k_view, work),
-                checked_scale("v_scale", v_scale, v_view, work),
-            )
+            k_factor = checked_scale("k_scale", k_scale, k_view, work)
+            v_factor = checked_scale("v_scale", v_scale, v_view, work)
+            if isinstance(k_factor, float):
+                checked_float(scale * k_factor, "sm_scale times k_scale")
             result = arrays.empty(q_view.shape, q_view.dtype, q_view) if out is None else out
             o_view = arrays.view("out", result, work)
             check_output(o_view, q_view, "out")
