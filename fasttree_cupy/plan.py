@@ -19,6 +19,7 @@ from fasttree_cupy.integers import int_vector
 from fasttree_cupy.params import FastTreeParams, checked_heads, preset
 from fasttree_cupy.planning import balanced, greedy, subtree
 from fasttree_cupy.planning.machine import H200_WORKERS, machine_of
+from fasttree_cupy.scales import checked_scale
 from fasttree_cupy.tree import KVTree, KVTreeNode, as_tree
 
 __all__ = ["DecodePlan", "plan_decode"]
@@ -133,6 +134,8 @@ class DecodePlan:
         logit_cap: float = -1,
         return_lse: bool = False,
         stream: Any = None,
+        k_scale: Any = None,
+        v_scale: Any = None,
     ) -> Any:
         """Attend every request to the tokens on its path.
 
@@ -141,9 +144,10 @@ class DecodePlan:
         q : array, float16 or bfloat16, shape (batch_size, num_qo_heads, head_dim)
             One query a request, on the plan's device, from NumPy, CuPy, torch, JAX or any library with
             ``__dlpack__``. The last axis is contiguous, here and below; on a GPU rows start at multiples of 16 bytes.
-        k, v : array, dtype of q, shape (num_tokens, num_kv_heads, head_dim)
+        k, v : array, dtype of q or float8, shape (num_tokens, num_kv_heads, head_dim)
             Node i's tokens in rows ``tree.kv_ptrs[i]`` to ``tree.kv_ptrs[i + 1]``, or in the rows that the plan's
-            ``kv_indices`` said, of a pool of any size.
+            ``kv_indices`` said, of a pool of any size. Float8 is float8_e4m3fn or float8_e5m2 (OCP OFP8), both arrays
+            of the same.
         out : array, dtype and shape of q, optional
             Written in place. By default a new array of q's framework is returned.
         sm_scale : float, optional
@@ -156,6 +160,9 @@ class DecodePlan:
             CUDA stream to work on; by default the caller's current one: torch's for torch tensors, else CuPy's. Another
             one first waits for the current one; that the current one waits for it before it uses the output is the
             caller's part.
+        k_scale, v_scale : float or float32 array of shape (num_kv_heads,), optional
+            Positive factors of float8 K and V, by default 1: the keys are ``k_scale * k``. An array holds one factor
+            for each KV head and lies on the plan's device.
 
         Returns
         -------
@@ -183,21 +190,27 @@ class DecodePlan:
                 work = streams.WorkStream(streams.stream_handle(stream, arrays.framework_of(q), place[1]), place[1])
             q_view, k_view, v_view = (arrays.view(name, array, work) for name, array in (("q", q), ("k", k), ("v", v)))
             self._check(q_view, k_view, v_view)
+            k_factor = checked_scale("k_scale", k_scale, k_view, work)
+            v_factor = checked_scale("v_scale", v_scale, v_view, work)
+            if isinstance(k_factor, float):
+                checked_float(scale * k_factor, "sm_scale times k_scale")
             result = arrays.empty(q_view.shape, q_view.dtype, q_view) if out is None else out
             o_view = arrays.view("out", result, work)
             check_output(o_view, q_view, "out")
             lse = arrays.empty(q_view.shape[:2], "float32", q_view) if return_lse else None
             lse_view = None if lse is None else arrays.view("lse", lse, work)
-            self.schedule.run(Operands(q_view, k_view, v_view, o_view, scale, cap, lse_view), work)
+            operands = Operands(q_view, k_view, v_view, o_view, scale, cap, lse_view, k_factor, v_factor)
+            self.schedule.run(operands, work)
             if work is not None:
-                work.keep_borrowed((q_view, k_view, v_view, o_view), own=self.schedule)
+                borrowed = [view for view in (*operands[:4], k_factor, v_factor) if not isinstance(view, float)]
+                work.keep_borrowed(borrowed, own=self.schedule)
             with nullcontext() if work is None else work.launches():
                 made = out if out is not None else arrays.hand_back(result, q_view)
                 return made if lse is None else (made, arrays.hand_back(lse, q_view))
 
     def _check(self, q: ArrayView, k: ArrayView, v: ArrayView) -> None:
         """Check the inputs against one another and against the plan."""
-        check_inputs({"q": q, "k": k, "v": v})
+        check_inputs({"q": q, "k": k, "v": v}, float8=True)
         check_same("q", "shape", q.shape, (self.batch_size, self.num_qo_heads, self.head_dim))
         if self.from_pool and k.shape[0] < self.num_tokens:
             raise ValueError(f"k has {k.shape[0]} rows, expected {self.num_tokens} at least, as kv_indices asks for")

@@ -40,7 +40,7 @@ def test_no_source_includes_a_toolkit_header() -> None:
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_every_kernel_fits_every_gpu(head_dim: int) -> None:
     configs = [config for config in all_configs(80) if config.head_dim == head_dim]
-    assert len(configs) == 2 * (2 + 2 * (1 + len(tiles(head_dim)) + 2))
+    assert len(configs) == 2 * (2 + 2 * (len(tiles(head_dim)) + 3 * (1 + 2)))  # of three types of K and V, but for mma
     for config in configs:
         assert config.shared_bytes <= SMALLEST_SHARED_MEMORY
         assert config.threads <= 1024
@@ -74,7 +74,7 @@ def test_planner_and_worker_kernel_agree_on_tiles() -> None:
 
 def test_the_worker_kernel_fits_a_multiprocessor() -> None:
     configs = [config for config in all_configs(90) if config.name == "tree_decode_sm90"]
-    assert len(configs) == 2 * 2 * 2 * 2  # dtypes, head dims, row groups, with and without a soft cap
+    assert len(configs) == 2 * 3 * 2 * 2 * 2  # dtypes, those of K and V, head dims, row groups, soft cap or none
     assert max(config.shared_bytes for config in configs) <= HOPPER_SHARED_MEMORY
 
 

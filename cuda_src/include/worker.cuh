@@ -4,6 +4,9 @@
 #include "warpgroup_rows.cuh"
 #include "work.cuh"
 
+#if defined(FT_KV_ELEMENT) && !defined(FT_RAW_UNITS)
+#error "FT_RAW_UNITS is given by kernels.py where K and V are float8"
+#endif
 #if !defined(FT_ROW_GROUPS) || !defined(FT_KEY_STAGES) || !defined(FT_VALUE_STAGES)
 #error "FT_ROW_GROUPS, FT_KEY_STAGES and FT_VALUE_STAGES are given by kernels.py"
 #endif
@@ -17,10 +20,10 @@ constexpr int kConsumerWarps = 8;
 constexpr int kProducerWarps = 4;
 constexpr int kThreads = (kConsumerWarps + kProducerWarps) * kWarpSize;
 constexpr int kGroupThreads = 128;
-constexpr int kProducerRegisters = 88;
+constexpr int kProducerRegisters = kFloat8 ? 96 : 88;
 constexpr int kConsumerRegisters = 208;
 static_assert(kGroupThreads * (kProducerRegisters + 2 * kConsumerRegisters) <= 65536, "registers of a multiprocessor");
-constexpr int kTileWarps = kRowGroups == 2 ? 4 : 1;  // producer warps that gather a tile together
+constexpr int kTileWarps = kRowGroups == 2 ? 4 : kFloat8 ? 2 : 1;  // producer warps that gather a tile together
 constexpr int kTilesAtATime = kProducerWarps / kTileWarps;
 constexpr int kWarpTokens = kTileTokens / kTileWarps;
 constexpr int kLaneTokens = kWarpTokens / kWarpSize;
@@ -46,15 +49,28 @@ struct alignas(8) TileView {
     unsigned char whole[kTileWarps];     // every row sees every token of a producer warp's part
 };
 
+#if defined(FT_KV_ELEMENT)
+constexpr int kRawUnits = FT_RAW_UNITS;  // parts of a tile of keys or values that a producer warp has under way
+constexpr int kRawBytes = kWarpTokens * kHeadDim;
+// Tiles whose views are kept: those in the ring of keys, those to come, and the ones whose keys are done with.
+constexpr int kViewLaps = 4;
+static_assert((kViewLaps - 1) * kKeyStages >= kTilesAtATime * ceil_div(kRawUnits, 2) + 2, "a view is read before it is written again");
+#else
+// Twice as many views as keys: a tile's keys are done with before its view is.
+constexpr int kViewLaps = 2;
+#endif
+
 struct Shared {
     alignas(1024) unsigned char k[kKeyStages][kTileBytes];
     alignas(1024) unsigned char v[kValueStages][kTileBytes];
     alignas(1024) unsigned char q[2][kQueryBytes];
+#if defined(FT_KV_ELEMENT)
+    unsigned char raw[kProducerWarps][kRawUnits][kRawBytes];  // float8 rows, as they come
+#endif
     float exchange[kTokenGroups == 2 ? kOutputs * kGroupThreads : 1];  // accumulators of the second token group
     SoftmaxState exchange_state[kTokenGroups == 2 ? kGroupRows : 1];
-    // Twice as many: a tile's keys are done with before its view is.
-    TileView view[2 * kKeyStages];
-    u16 visible[2 * kKeyStages][kTileTokens];
+    TileView view[kViewLaps * kKeyStages];
+    u16 visible[kViewLaps * kKeyStages][kTileTokens];
     Barrier k_full[kKeyStages], k_empty[kKeyStages], v_full[kValueStages], v_empty[kValueStages], q_full[2], q_empty[2];
     int merge[2];  // what a warpgroup is to merge
 };
@@ -65,13 +81,15 @@ template <int kStages>
 struct Ring {
     int stage = 0;
     int parity = 0;
-    // The place of the tile's view, of which there are twice as many.
-    __device__ __forceinline__ int view() const { return stage + parity * kStages; }
+    int lap = 0;
+    // The place of the tile's view, of which there are kViewLaps times as many.
+    __device__ __forceinline__ int view() const { return stage + (kViewLaps == 2 ? parity : lap) * kStages; }
     __device__ __forceinline__ void advance(int by) {
         stage += by;
         const int laps = stage / kStages;
         stage -= laps * kStages;
         parity ^= laps & 1;
+        if constexpr (kViewLaps > 2) lap = (lap + laps) % kViewLaps;
     }
 };
 

@@ -28,6 +28,7 @@ struct Consumer : Output {
     Ring<kKeyStages> keys;  // the place of this warpgroup's current tile
     Ring<kValueStages> values;
     int tile;               // its number among all that the worker has
+    float keys_scale;       // of the item's KV head
 
     __device__ __forceinline__ Consumer(const WorkParams& p, Shared& s)
         : Output(p, s), tile(kTokenGroups == 2 ? group : 0) {
@@ -44,6 +45,7 @@ struct Consumer : Output {
             const WorkItem& item = p.items[index];
             const int next = item.next;
             fetch_ahead(item, next);
+            keys_scale = key_scale(p, item.kv_head);
             end += ceil_div(item.tokens, kTileTokens);
             rows.reset();
             if (item.tokens > 0) {
@@ -139,7 +141,7 @@ struct Consumer : Output {
         for (; mine != 0; mine &= mine - 1) {
             rows.attend_chunk(ChunkBits::first(mine) / 8, queries, kRows * kPanelRowBytes, shared_address(s.k[keys.stage]),
                               shared_address(s.v[values.stage]), shared_address(s.visible[keys.view()]),
-                              ScoreScale{p.sm_scale, p.logit_cap});
+                              to_score());
         }
         __syncwarp();
         arrive(s.k_empty[keys.stage]);
@@ -158,9 +160,10 @@ struct Consumer : Output {
     template <typename AfterValues>
     __device__ __forceinline__ void weigh(WarpgroupRows::Scores& scores, const WarpgroupRows::View& view,
                                           const AfterValues& after_values) {
-        rows.weigh(scores, view, shared_address(s.visible[keys.view()]), ScoreScale{p.sm_scale, p.logit_cap},
+        rows.weigh(scores, view, shared_address(s.visible[keys.view()]), to_score(),
                    after_values);
     }
+    __device__ __forceinline__ ScoreScale to_score() const { return {p.sm_scale * keys_scale, p.logit_cap}; }
     __device__ __forceinline__ void advance() {
         tile += kTokenGroups;
         keys.advance(kTokenGroups);

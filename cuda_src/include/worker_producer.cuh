@@ -51,10 +51,34 @@ struct SegmentStream {
     }
 };
 
+constexpr int kCopyChunks = kHeadDim * int(sizeof(KVBits)) / 16;  // of 16 bytes, in a row of K or V
+
+#if defined(FT_KV_ELEMENT)
+// Where a lane writes when a warp copies float8 rows of kCopyChunks chunks of 16 bytes, 512 bytes a pass. In rows of 128
+// bytes the odd ones have their halves exchanged, see Float8Producer.
+struct CopyPlace {
+    static constexpr int kRowsPerPass = kWarpSize / kCopyChunks;
+    u32 lane_offset;
+
+    __device__ __forceinline__ CopyPlace(int, int lane) : lane_offset(offset(lane / kCopyChunks, lane % kCopyChunks)) {}
+
+    static __device__ __forceinline__ u32 offset(int row, int chunk) {
+        return row * kHeadDim + (chunk ^ (kCopyChunks == 8 ? row % 2 * 4 : 0)) * 16;
+    }
+    __device__ __forceinline__ u32 offset(int pass) const { return lane_offset + pass * kWarpSize * 16; }
+};
+constexpr int kCopyRowBytes = kHeadDim;
+#else
+using CopyPlace = PanelPlace<kTileTokens, kChunks>;
+constexpr int kCopyRowBytes = kPanelRowBytes;
+#endif
+
 // A warp that gathers its part of tiles, and of every item's queries. The places of a tile of 64 tokens take longer to find
 // than its copies to start: so each warp is at another tile. Larger ones come sooner when all warps start their copies.
 struct Producer {
-    using Place = PanelPlace<kTileTokens, kChunks>;
+    using Place = CopyPlace;
+    // A thread arrives when its copies are there; for what warps store beside the keys, they arrive once more.
+    static constexpr int kKeyArrivals = kTileWarps * (kWarpSize + 1), kValueArrivals = kTileWarps * kWarpSize;
     const WorkParams& p;
     Shared& s;
     int warp, lane;
@@ -76,7 +100,8 @@ struct Producer {
 
     __device__ __forceinline__ Producer(const WorkParams& p, Shared& s)
         : p(p), s(s), warp(threadIdx.x / kWarpSize - kConsumerWarps), lane(threadIdx.x % kWarpSize),
-          part(warp % kTileWarps), tile(warp / kTileWarps), place(part * kWarpTokens, lane), k_stride(int(p.k_stride_token) * 2), v_stride(int(p.v_stride_token) * 2) {
+          part(warp % kTileWarps), tile(warp / kTileWarps), place(part * kWarpTokens, lane),
+          k_stride(int(p.k_stride_token) * int(sizeof(KVBits))), v_stride(int(p.v_stride_token) * int(sizeof(KVBits))) {
         keys.advance(tile);
         values.advance(tile);
     }
@@ -116,22 +141,19 @@ struct Producer {
 
     // first: the number of the item's first tile.
     __device__ __forceinline__ void load_tiles(const WorkItem& item, int first) {
-        k = i64(p.k + item.kv_head * p.k_stride_head + lane % kChunks * 8);
-        v = i64(p.v + item.kv_head * p.v_stride_head + lane % kChunks * 8);
+        choose_head(item.kv_head);
         SegmentStream segments(p, item, lane);
 #pragma unroll 1
         for (int begin = (tile - first) * kTileTokens; begin < item.tokens; begin += kTilesAtATime * kTileTokens) {
-            const int num_rows = item.num_requests * p.group;
-            const int own = begin + part * kWarpTokens;
-            const Places places = find(segments, own, min(own + kWarpTokens, item.tokens));
+            const Places places = find(segments, begin, item.tokens);
             barrier_wait(s.k_empty[keys.stage], keys.parity ^ 1);
-            note(places, num_rows);
-            copy(places, s.k[keys.stage], k, k_stride);
+            note(places, item.num_requests * p.group);
+            copy(places, shared_address(s.k[keys.stage]), k, k_stride);
             __syncwarp();  // the tile's view is written
             arrive_after_copies(shared_address(&s.k_full[keys.stage]));
             if (lane == 0) barrier_arrive(s.k_full[keys.stage]);
             barrier_wait(s.v_empty[values.stage], values.parity ^ 1);
-            copy(places, s.v[values.stage], v, v_stride);
+            copy(places, shared_address(s.v[values.stage]), v, v_stride);
             arrive_after_copies(shared_address(&s.v_full[values.stage]));
             tile += kTilesAtATime;
             keys.advance(kTilesAtATime);
@@ -139,8 +161,15 @@ struct Producer {
         }
     }
 
-    // Finds tokens [begin, end) of the item, if there are any. Those past the item's last, nobody sees.
-    __device__ __forceinline__ Places find(SegmentStream& segments, int begin, int end) const {
+    __device__ __forceinline__ void choose_head(int kv_head) {
+        const int column = lane % kCopyChunks * (16 / int(sizeof(KVBits)));
+        k = i64(p.k + kv_head * p.k_stride_head + column);
+        v = i64(p.v + kv_head * p.v_stride_head + column);
+    }
+
+    // Finds this warp's part of the tile that begins with the item's token `first`. Tokens past the last, nobody sees.
+    __device__ __forceinline__ Places find(SegmentStream& segments, int first, int tokens) const {
+        const int begin = first + part * kWarpTokens, end = min(begin + kWarpTokens, tokens);
         Places places;
         places.count = end - begin;
         places.run = -1;
@@ -213,13 +242,12 @@ struct Producer {
     }
 
     // Starts the copies of this warp's part, 32 tokens at a time: more code would not stay in the instruction cache.
-    __device__ __forceinline__ void copy(Places places, const void* tile, i64 base, int stride) const {
+    __device__ __forceinline__ void copy(Places places, u32 to, i64 base, int stride) const {
         constexpr int kPasses = kWarpSize / Place::kRowsPerPass;
-        u32 to = shared_address(tile);
         const i64 step = i64(stride) * Place::kRowsPerPass;
-        i64 from = row_address(base, places.run + lane / kChunks, stride);
+        i64 from = row_address(base, places.run + lane / kCopyChunks, stride);
 #pragma unroll 1
-        for (int first = 0; first < kWarpTokens; first += kWarpSize, to += kWarpSize * kPanelRowBytes) {
+        for (int first = 0; first < kWarpTokens; first += kWarpSize, to += kWarpSize * kCopyRowBytes) {
             if (places.run >= 0) {
 #pragma unroll
                 for (int pass = 0; pass < kPasses; ++pass, from += step) {
@@ -228,7 +256,7 @@ struct Producer {
             } else {
 #pragma unroll
                 for (int pass = 0; pass < kPasses; ++pass) {
-                    const int token = pass * Place::kRowsPerPass + lane / kChunks;
+                    const int token = pass * Place::kRowsPerPass + lane / kCopyChunks;
                     const int row = __shfl_sync(0xffffffffu, places.row[0], token);
                     copy_async_16(to + place.offset(pass), reinterpret_cast<const void*>(row_address(base, row, stride)),
                                   first + token < places.count);

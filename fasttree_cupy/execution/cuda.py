@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from .arrays import DTYPES
 from .kernels import (
     MMA_COMPUTE_CAPABILITY,
     KernelConfig,
@@ -42,6 +43,7 @@ STAGE1_PARAMS = np.dtype(
     + [(name, np.uint64) for name in ("mid_o", "mid_lse")]
     + [(name, np.int64) for name in ("q_request", "q_head", "k_token", "k_head", "v_token", "v_head")]
     + [("first_vnode", np.int32), ("group", np.int32), ("sm_scale", np.float32), ("logit_cap", np.float32)]
+    + [("k_scales", np.uint64), ("v_scales", np.uint64), ("v_scale", np.float32), ("padding", np.int32)]
 )
 STAGE2_PARAMS = np.dtype(
     [(name, np.uint64) for name in ("mid_o", "mid_lse", "entries", "offs", "lens", "requests", "o", "lse")]
@@ -54,7 +56,7 @@ TREE_DECODE_PARAMS = np.dtype(
     + [(name, np.int64) for name in ("q_request", "q_head", "k_token", "k_head", "v_token", "v_head")]
     + [(name, np.int64) for name in ("o_request", "o_head")]
     + [("kv_heads", np.int32), ("group", np.int32), ("sm_scale", np.float32), ("logit_cap", np.float32)]
-    + [("o_aligned", np.int32), ("padding", np.int32)]
+    + [("o_aligned", np.int32), ("v_scale", np.float32), ("k_scales", np.uint64), ("v_scales", np.uint64)]
 )
 WORK_POINTERS = ("q", "k", "v", "o", "mid_o", "mid_lse", "lse", "counters", "items", "segments", "request_order")
 WORK_PARAMS = np.dtype(
@@ -62,7 +64,8 @@ WORK_PARAMS = np.dtype(
     + [(name, np.int64) for name in ("q_request", "q_head", "k_token", "k_head", "v_token", "v_head")]
     + [(name, np.int64) for name in ("o_request", "o_head")]
     + [("num_segments", np.int32), ("group", np.int32), ("sm_scale", np.float32), ("logit_cap", np.float32)]
-    + [("o_aligned", np.int32), ("qo_heads", np.int32), ("polls", np.int32), ("padding", np.int32)]
+    + [("o_aligned", np.int32), ("qo_heads", np.int32), ("polls", np.int32)]
+    + [("v_scale", np.float32), ("k_scales", np.uint64), ("v_scales", np.uint64)]
 )
 MERGE_POLLS = 128
 """How often a worker of ``tree_decode_sm90`` looks whether it may merge with others, 0.5 us or more each: workers that
@@ -90,6 +93,25 @@ def multiprocessors(device: int) -> int:
     return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
 
 
+class KernelScales(NamedTuple):
+    """How the kernels take the factors of Q K^T and V."""
+
+    sm_scale: float
+    """With the factor of K, where that is a number."""
+    v_scale: float
+    k_scales: int
+    """Pointer to each KV head's factor; 0: none."""
+    v_scales: int
+
+
+def kernel_scales(operands: Operands) -> KernelScales:
+    """The factors as the kernels take them."""
+    k, v = operands.k_scale, operands.v_scale
+    k_number, k_pointer = (k, 0) if isinstance(k, float) else (1.0, k.pointer)
+    v_number, v_pointer = (v, 0) if isinstance(v, float) else (1.0, v.pointer)
+    return KernelScales(operands.sm_scale * k_number, v_number, k_pointer, v_pointer)
+
+
 def check_kernel(kernel: str, inputs: Mapping[str, ArrayView]) -> str:
     """Return the stage-1 kernel to run on Q, K and V, ``"mma"`` or ``"plain"``.
 
@@ -114,11 +136,11 @@ def pointer_of(view: ArrayView | None) -> int:
 
 
 def is_aligned(view: ArrayView) -> bool:
-    """Whether every row of a 16-bit array starts at a multiple of `VECTOR_BYTES`."""
-    addresses = view.pointer
+    """Whether every row starts at a multiple of `VECTOR_BYTES`."""
+    addresses, size = view.pointer, DTYPES[view.dtype].itemsize
     for length, stride in zip(view.shape[:2], view.strides[:2], strict=True):
         if length > 1:  # else no address depends on the stride
-            addresses |= stride * 2
+            addresses |= stride * size
     return addresses % VECTOR_BYTES == 0
 
 
@@ -178,21 +200,23 @@ def launch_stage1(
     kernel: str,
 ) -> None:
     """Attend the vnodes ``[first_vnode, first_vnode + count)``, those of one phase."""
-    q, k, v, _, sm_scale, logit_cap, _ = operands
+    q, k, v, _, _, logit_cap = operands[:6]
+    scales = kernel_scales(operands)
     num_qo_heads, head_dim = q.shape[1:]
     num_kv_heads = k.shape[1]
     group = num_qo_heads // num_kv_heads
     rows = q_tile_size * group
     if kernel == "mma":
         tile = choose_tile(rows, count * num_kv_heads, multiprocessors(q.device[1]), head_dim)
-        launch = stage1_launch("stage1_mma", q.dtype, head_dim, tile, logit_cap > 0, q.device[1])
+        launch = stage1_launch("stage1_mma", q.dtype, head_dim, tile, logit_cap > 0, None, q.device[1])
         row_blocks = -(-rows // tile.rows)
     else:
-        launch = stage1_launch("stage1_plain", q.dtype, head_dim, None, logit_cap > 0, q.device[1])
+        launch = stage1_launch("stage1_plain", q.dtype, head_dim, None, logit_cap > 0, operands.kv_dtype, q.device[1])
         row_blocks = -(-rows // PLAIN_ROWS)
     pointers = (q.pointer, k.pointer, v.pointer, *(view.pointer for view in (*metadata[:6], *metadata[9:11])))
     strides = (*q.strides[:2], *k.strides[:2], *v.strides[:2])
-    params = np.array((*pointers, *strides, first_vnode, group, sm_scale, logit_cap), STAGE1_PARAMS)
+    numbers = (first_vnode, group, scales.sm_scale, logit_cap, scales.k_scales, scales.v_scales, scales.v_scale, 0)
+    params = np.array((*pointers, *strides, *numbers), STAGE1_PARAMS)
     # A vnode with more rows than the grid covers is walked in steps: too small a tile size drops no query.
     launch((count, num_kv_heads, min(row_blocks, MAX_GRID_Z)), params)
 
@@ -268,14 +292,15 @@ def launch_tree_decode(
     block_warps : int
         Warps of a block.
     """
-    q, k, v, o, sm_scale, logit_cap, lse = operands
+    q, k, v, o, _, logit_cap, lse = operands[:7]
+    scales = kernel_scales(operands)
     num_qo_heads, head_dim = q.shape[1:]
     num_kv_heads = k.shape[1]
     pointers = (q.pointer, k.pointer, v.pointer, o.pointer, *mid, pointer_of(lse), *lists)
     strides = (*q.strides[:2], *k.strides[:2], *v.strides[:2], *o.strides[:2])
-    numbers = (num_kv_heads, num_qo_heads // num_kv_heads, sm_scale, logit_cap, is_aligned(o), 0)
+    numbers = (num_kv_heads, num_qo_heads // num_kv_heads, scales.sm_scale, logit_cap, is_aligned(o), *scales[1:])
     params = np.array((*pointers, *strides, *numbers), TREE_DECODE_PARAMS)
-    launch = tree_decode_launch(q.dtype, head_dim, block_warps, logit_cap > 0, q.device[1])
+    launch = tree_decode_launch(q.dtype, head_dim, block_warps, logit_cap > 0, operands.kv_dtype, q.device[1])
     launch((num_items * num_kv_heads, 1, 1), params)
 
 
@@ -303,13 +328,15 @@ def run_workers(
     stream : WorkStream
         CUDA stream to launch on.
     """
-    q, k, v, o, sm_scale, logit_cap, lse = operands
+    q, k, v, o, _, logit_cap, lse = operands[:7]
+    scales = kernel_scales(operands)
     num_qo_heads, head_dim = q.shape[1:]
     pointers = (q.pointer, k.pointer, v.pointer, o.pointer, *mid, pointer_of(lse), *lists)
     strides = (*q.strides[:2], *k.strides[:2], *v.strides[:2], *o.strides[:2])
-    numbers = (num_segments, num_qo_heads // k.shape[1], sm_scale, logit_cap, is_aligned(o), num_qo_heads)
-    params = np.array((*pointers, *strides, *numbers, MERGE_POLLS, 0), WORK_PARAMS)
-    launch = worker_launch(q.dtype, head_dim, row_groups, logit_cap > 0 or sm_scale < 0, q.device[1])
+    numbers = (num_segments, num_qo_heads // k.shape[1], scales.sm_scale, logit_cap, is_aligned(o), num_qo_heads)
+    params = np.array((*pointers, *strides, *numbers, MERGE_POLLS, *scales[1:]), WORK_PARAMS)
+    soft_cap = logit_cap > 0 or scales.sm_scale < 0
+    launch = worker_launch(q.dtype, head_dim, row_groups, soft_cap, operands.kv_dtype, q.device[1])
     with stream.launches():
         launch((workers, 1, 1), params)
 
@@ -366,21 +393,27 @@ def prepare(config: KernelConfig) -> Launch:
 
 
 @functools.cache
-def worker_launch(dtype: str, head_dim: int, row_groups: int, soft_cap: bool, _device: int) -> Launch:
+def worker_launch(
+    dtype: str, head_dim: int, row_groups: int, soft_cap: bool, kv_dtype: str | None, _device: int
+) -> Launch:
     """``tree_decode_sm90``, ready to launch."""
-    return prepare(worker_config(dtype, head_dim, row_groups, soft_cap))
+    return prepare(worker_config(dtype, head_dim, row_groups, soft_cap, kv_dtype))
 
 
 @functools.cache
-def tree_decode_launch(dtype: str, head_dim: int, block_warps: int, soft_cap: bool, _device: int) -> Launch:
+def tree_decode_launch(
+    dtype: str, head_dim: int, block_warps: int, soft_cap: bool, kv_dtype: str | None, _device: int
+) -> Launch:
     """``tree_decode``, ready to launch."""
-    return prepare(tree_decode_config(dtype, head_dim, block_warps, soft_cap))
+    return prepare(tree_decode_config(dtype, head_dim, block_warps, soft_cap, kv_dtype))
 
 
 @functools.cache
-def stage1_launch(kernel: str, dtype: str, head_dim: int, tile: MmaTile | None, soft_cap: bool, _device: int) -> Launch:
+def stage1_launch(
+    kernel: str, dtype: str, head_dim: int, tile: MmaTile | None, soft_cap: bool, kv_dtype: str | None, _device: int
+) -> Launch:
     """``stage1_mma`` with a tile or ``stage1_plain`` without, ready to launch."""
-    return prepare(KernelConfig(kernel, dtype, head_dim, tile, soft_cap=soft_cap))
+    return prepare(KernelConfig(kernel, dtype, head_dim, tile, soft_cap=soft_cap, kv_dtype=kv_dtype))
 
 
 @functools.cache

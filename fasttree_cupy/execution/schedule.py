@@ -151,5 +151,6 @@ class HeuristicSchedule:
             cpu.run(operands, self.metadata)
             return
         nums, offsets = self.metadata.phase_node_nums, self.metadata.phase_node_offsets
-        kernel = cuda.check_kernel("auto", {"q": operands.q, "k": operands.k, "v": operands.v})
+        choice = "auto" if operands.kv_dtype is None else "plain"
+        kernel = cuda.check_kernel(choice, {"q": operands.q, "k": operands.k, "v": operands.v})
         cuda.decode(operands, self.views, nums, offsets, self.q_tile_sizes, kernel, stream)
