@@ -1,12 +1,28 @@
-"""What tests do to a plan's memory."""
+"""What tests do to a plan: which kernel it runs, what its memory holds."""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 import fasttree_cupy as ft
 
-__all__ = ["poison_partials"]
+__all__ = ["KERNELS", "choose_kernel", "poison_partials", "without_workers"]
+
+KERNELS = pytest.mark.parametrize("kernel", ["workers", "tiles", "vnodes"])
+
+
+def without_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make plan_decode pass over the kernel that needs compute capability 9.0."""
+    monkeypatch.setattr("fasttree_cupy.execution.schedule.BalancedSchedule.problem", lambda *_: "switched off")
+
+
+def choose_kernel(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make plan_decode pass over the kernels before this one."""
+    if kernel != "workers":
+        without_workers(monkeypatch)
+    if kernel == "vnodes":
+        monkeypatch.setattr("fasttree_cupy.execution.schedule.SubtreeSchedule.problem", lambda *_: "switched off")
 
 
 def poison_partials(plan: ft.DecodePlan) -> None:

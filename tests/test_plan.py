@@ -15,7 +15,7 @@ from fasttree_cupy.execution.streams import keep_alive, record_event
 from fasttree_cupy.planning import subtree
 from fasttree_cupy.planning.machine import H200
 from tests.cases import CASES, TREES, Case, Tree
-from tests.plans import poison_partials
+from tests.plans import poison_partials, without_workers
 from tests.reference import dense_attention, path_rows
 from tests.test_decode import DTYPES, make_inputs, namespace, reference, result_bits
 from tests.test_interop import spin_then_fill
@@ -26,11 +26,6 @@ RUNS = [pytest.param(case, "cpu", id=f"{case.id}-cpu") for case in CASES[::16]]
 RUNS += [pytest.param(case, "gpu", id=f"{case.id}-gpu", marks=pytest.mark.gpu) for case in CASES]
 # What GPUs without warpgroup products run, on those that have them.
 RUNS += [pytest.param(case, "gpu_tiles", id=f"{case.id}-gpu_tiles", marks=pytest.mark.gpu) for case in CASES[::3]]
-
-
-def without_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make plan_decode pass over the kernel that needs compute capability 9.0."""
-    monkeypatch.setattr("fasttree_cupy.execution.schedule.BalancedSchedule.problem", lambda *_: "switched off")
 
 
 def as_kv_tree(tree: Tree) -> ft.KVTree:

@@ -12,7 +12,7 @@ import pytest
 import fasttree_cupy as ft
 from fasttree_cupy.execution import turns
 from fasttree_cupy.execution.turns import Turns
-from tests.test_plan import without_workers
+from tests.plans import KERNELS, choose_kernel
 from tests.test_serving import namespace, random_arrays
 
 THREADS = 4
@@ -20,15 +20,6 @@ TREE = ft.KVTree.from_levels([1, 4, 12], [5000, 60, 9])
 """A prefix that is cut on any GPU."""
 OTHER = ft.KVTree.from_levels([1, 6], [4000, 33])
 LAYOUT = (8, 2, 64, "float16")
-KERNELS = pytest.mark.parametrize("kernel", ["workers", "tiles", "vnodes"])
-
-
-def choose(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make plan_decode pass over the kernels before this one."""
-    if kernel != "workers":
-        without_workers(monkeypatch)
-    if kernel == "vnodes":
-        monkeypatch.setattr("fasttree_cupy.execution.schedule.SubtreeSchedule.problem", lambda *_: "switched off")
 
 
 @dataclass
@@ -120,7 +111,7 @@ def hammer(job: Job, stream: Any, cupy: Any, times: int) -> bool:
 def test_threads_with_streams_of_their_own_share_a_plan(
     kernel: str, cupy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choose(kernel, monkeypatch)
+    choose_kernel(kernel, monkeypatch)
     plan = ft.plan_decode(TREE, *LAYOUT[:3], device="cuda")
     assert plan.workspace_bytes > 0
     made = jobs(plan, TREE, namespace("gpu"), THREADS)
@@ -133,7 +124,7 @@ def test_threads_with_streams_of_their_own_share_a_plan(
 @pytest.mark.gpu
 @KERNELS
 def test_two_plans_run_on_two_streams_at_once(kernel: str, cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    choose(kernel, monkeypatch)
+    choose_kernel(kernel, monkeypatch)
     made = []
     for tree in (TREE, OTHER):
         made += jobs(ft.plan_decode(tree, *LAYOUT[:3], device="cuda"), tree, namespace("gpu"), 1)
@@ -146,7 +137,7 @@ def test_two_plans_run_on_two_streams_at_once(kernel: str, cupy: Any, monkeypatc
 @pytest.mark.gpu
 @KERNELS
 def test_one_thread_changes_streams_that_come_and_go(kernel: str, cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    choose(kernel, monkeypatch)
+    choose_kernel(kernel, monkeypatch)
     plan = ft.plan_decode(TREE, *LAYOUT[:3], device="cuda")
     made = jobs(plan, TREE, namespace("gpu"), 3)
     outs = [cupy.full_like(made[0].expected, np.nan) for _ in range(150)]

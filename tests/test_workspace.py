@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import fasttree_cupy as ft
+from tests.plans import KERNELS, choose_kernel
 from tests.test_arrays import Producer
-from tests.test_plan import DTYPES, without_workers
+from tests.test_plan import DTYPES
 from tests.test_serving import BACKENDS, LAYOUTS, TREES, device_of, expected, host, namespace, random_arrays
 from tests.tolerances import assert_close
 
@@ -35,14 +36,13 @@ def aligned_bytes(size: int, xp: Any, start: int = 0) -> Any:
 
 
 @BACKENDS
-@pytest.mark.parametrize("without", [False, True], ids=["default", "tiles"])
+@KERNELS
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("tree", TREES, ids=["levels", "prefix", "empty"])
 def test_nothing_around_the_workspace_is_written(
-    tree: ft.KVTree, layout: tuple[int, int, int, str], without: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+    tree: ft.KVTree, layout: tuple[int, int, int, str], kernel: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if without:
-        without_workers(monkeypatch)
+    choose_kernel(kernel, monkeypatch)
     xp = namespace(backend)
     plan = planned(tree, backend, layout)
     assert plan.memory is None
