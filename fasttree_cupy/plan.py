@@ -138,6 +138,8 @@ class DecodePlan:
         self.schedule_bytes = self.schedule.needs.schedule_bytes
         self.memory: PlanMemory | None = None
         self._turns = Turns()
+        self._checked_inputs: tuple[Any, ...] = ()
+        self._checked_output: tuple[Any, ...] = ()
 
     def __repr__(self) -> str:
         return (
@@ -241,10 +243,13 @@ class DecodePlan:
             self._check(q_view, k_view, v_view)
             result = arrays.empty(q_view.shape, q_view.dtype, q_view) if out is None else out
             o_view = arrays.view("out", result, work)
-            check_output(o_view, q_view, "out")
+            if out is not None:
+                self._check_output(o_view, q_view)
             lse = arrays.empty(q_view.shape[:2], "float32", q_view) if return_lse else None
             lse_view = None if lse is None else arrays.view("lse", lse, work)
             self._queue(Operands(q_view, k_view, v_view, o_view, scale, cap, lse_view), work)
+            if out is not None and lse is None:
+                return out
             with nullcontext() if work is None else work.launches():
                 made = out if out is not None else arrays.hand_back(result, q_view)
                 return made if lse is None else (made, arrays.hand_back(lse, q_view))
@@ -264,13 +269,14 @@ class DecodePlan:
                 self._turns.wait(work)
                 self.schedule.run(operands, memory, work)
                 self._turns.end(work)
-        borrowed = [view for view in (*operands[:4], operands.lse) if view is not None]
-        if memory.borrowed:
-            borrowed.append(memory.workspace)
-        work.keep_borrowed(borrowed, own=memory, home=memory.home)
+        borrowed = (*operands[:4], *([operands.lse] if operands.lse else ()))
+        work.keep_borrowed((*borrowed, memory.workspace) if memory.borrowed else borrowed, memory, memory.home)
 
     def _check(self, q: ArrayView, k: ArrayView, v: ArrayView) -> None:
-        """Check the inputs against one another and against the plan."""
+        """Check the inputs against one another and against the plan, unless the last run's were like them."""
+        inputs = (layout_of(q), layout_of(k), layout_of(v))
+        if inputs == self._checked_inputs:
+            return
         check_inputs({"q": q, "k": k, "v": v})
         check_same("q", "shape", q.shape, (self.batch_size, self.num_qo_heads, self.head_dim))
         if self.from_pool and k.shape[0] < self.num_tokens:
@@ -278,6 +284,19 @@ class DecodePlan:
         rows = k.shape[0] if self.from_pool else self.num_tokens
         check_same("k", "shape", k.shape, (rows, self.num_kv_heads, self.head_dim))
         self.schedule.check(q, k, v)
+        self._checked_inputs = inputs
+
+    def _check_output(self, out: ArrayView, q: ArrayView) -> None:
+        """Check the caller's output against the queries, unless the last run's were like them."""
+        layouts = (layout_of(out), layout_of(q))
+        if layouts != self._checked_output:
+            check_output(out, q, "out")
+            self._checked_output = layouts
+
+
+def layout_of(view: ArrayView) -> tuple[Any, ...]:
+    """What of an array checks depend on: all but its owner, and the address but for its alignment."""
+    return (view.pointer % cuda.VECTOR_BYTES, *view[1:-1])
 
 
 def checked_rows(kv_indices: Any, tree: KVTree) -> npt.NDArray[np.int32] | None:

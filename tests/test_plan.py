@@ -242,8 +242,11 @@ def test_defaults_and_new_output() -> None:
         ("stream", lambda a: 3, ValueError, "stream is 3, but q lies on the CPU"),
     ],
 )
-def test_what_does_not_fit_is_refused(name: str, change: Any, error: type[Exception], message: str) -> None:
+@pytest.mark.parametrize("after", ["first", "a run that fits"])
+def test_what_does_not_fit_is_refused(after: str, name: str, change: Any, error: type[Exception], message: str) -> None:
     plan, arrays = small()
+    if after != "first":
+        plan.run(**arrays, out=np.empty((4, 6, 32), np.float16))
     out = np.full((4, 6, 32), 7, np.float16)
     arguments: dict[str, Any] = {**arrays, "out": out}
     arguments[name] = change(arguments.get(name))

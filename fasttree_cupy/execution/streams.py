@@ -166,7 +166,9 @@ class WorkStream:
         home : int
             The stream in whose order CuPy reuses that: the one that was its current one when it was allocated.
         """
-        owners = [view.owner for view in views if not self._reused_in_order(view.framework)]
+        views = tuple(views)
+        others = {name for name in {view.framework for view in views} if not self._reused_in_order(name)}
+        owners: list[object] = [view.owner for view in views if view.framework in others] if others else []
         if own is not None and home != self.handle:
             owners.append(own)
         if owners and not self.is_capturing:
