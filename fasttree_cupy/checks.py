@@ -6,8 +6,9 @@ import math
 import numbers
 from collections.abc import Mapping, Sequence
 
-from fasttree_cupy.execution.arrays import ArrayView
+from fasttree_cupy.execution.arrays import DTYPES, ArrayView
 from fasttree_cupy.execution.kernels import FLOAT8_NAMES, HEAD_DIMS
+from fasttree_cupy.execution.plan_memory import WORKSPACE_ALIGNMENT
 from fasttree_cupy.params import checked_int
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "check_inputs",
     "check_output",
     "check_same",
+    "check_workspace",
     "check_writable",
     "checked_cap",
     "checked_float",
@@ -115,6 +117,20 @@ def check_writable(name: str, view: ArrayView) -> None:
     if view.framework == "jax":
         raise TypeError(f"{name} is a JAX array, which cannot be written, expected None to get a new one")
     raise ValueError(f"{name} is read-only, expected an array that can be written")
+
+
+def check_workspace(view: ArrayView, num_bytes: int) -> None:
+    """Check a caller's buffer for a workspace of so many bytes."""
+    check_writable("workspace", view)
+    if not is_contiguous(view):
+        raise ValueError(f"workspace has strides {view.strides} in elements, expected a contiguous array")
+    size = math.prod(view.shape) * DTYPES[view.dtype].itemsize
+    if size < num_bytes:
+        raise ValueError(f"workspace has {size} bytes, expected {num_bytes} at least, the plan's workspace_bytes")
+    if num_bytes and view.pointer % WORKSPACE_ALIGNMENT:
+        raise ValueError(
+            f"workspace starts at address {view.pointer:#x}, expected a multiple of {WORKSPACE_ALIGNMENT} bytes"
+        )
 
 
 def is_contiguous(view: ArrayView) -> bool:

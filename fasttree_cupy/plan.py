@@ -9,12 +9,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fasttree_cupy.checks import check_inputs, check_output, check_same, checked_cap, checked_float, checked_head_dim
+from fasttree_cupy.checks import (
+    check_inputs,
+    check_output,
+    check_same,
+    check_workspace,
+    checked_cap,
+    checked_float,
+    checked_head_dim,
+)
 from fasttree_cupy.execution import arrays, cuda, streams
 from fasttree_cupy.execution.arrays import ArrayView
 from fasttree_cupy.execution.device import resolve_device
 from fasttree_cupy.execution.operands import Operands
+from fasttree_cupy.execution.plan_memory import PlanMemory
 from fasttree_cupy.execution.schedule import BalancedSchedule, HeuristicSchedule, Schedule, SubtreeSchedule
+from fasttree_cupy.execution.turns import Turns
 from fasttree_cupy.integers import int_vector
 from fasttree_cupy.params import FastTreeParams, checked_heads, preset
 from fasttree_cupy.planning import balanced, greedy, subtree
@@ -36,6 +46,7 @@ def plan_decode(
     *,
     kv_indices: Any = None,
     device: str | None = None,
+    place: bool = True,
 ) -> DecodePlan:
     """Plan the decoding of a tree.
 
@@ -52,11 +63,14 @@ def plan_decode(
         By default K and V hold them in that order. From a paged cache `KVTree.from_block_tables` gives them.
     device : str, optional
         "cpu", "cuda" or "cuda:<n>"; by default the GPU where one is usable, else the CPU.
+    place : bool
+        Whether to place the plan on the device, in memory of its own. Else nothing is allocated there: the plan knows
+        what it needs, and `DecodePlan.place` takes the caller's workspace.
 
     Returns
     -------
     DecodePlan
-        Owns its arrays and its workspace on the device.
+        Ready to `run` where it was placed.
 
     Raises
     ------
@@ -66,7 +80,10 @@ def plan_decode(
     tree = as_tree(tree_info)
     heads, kv_heads = checked_heads(num_qo_heads, num_kv_heads)
     head_dim = checked_head_dim(head_dim)
-    return DecodePlan(tree, heads, kv_heads, head_dim, resolve_device(device), checked_rows(kv_indices, tree))
+    plan = DecodePlan(tree, heads, kv_heads, head_dim, resolve_device(device), checked_rows(kv_indices, tree))
+    if place:
+        plan.place()
+    return plan
 
 
 class DecodePlan:
@@ -84,12 +101,17 @@ class DecodePlan:
         "cpu" or "cuda:<n>".
     schedule : Schedule
         What runs: printable, with its tile sizes and counts.
-    workspace_bytes : int
-        Bytes of the workspace for partial outputs.
+    workspace_bytes, schedule_bytes : int
+        Bytes of device memory that runs write to, and of the index arrays that they read. Nothing else is allocated.
+    memory : PlanMemory or None
+        Where these lie; None before the plan is placed.
 
     Notes
     -----
-    Nothing but `run` writes to the plan's memory, and only to its workspace: two runs of one plan must not overlap.
+    Runs of one plan may come from several threads and on several streams. As they share its workspace, each waits on
+    the GPU for the one before it, unless the plan needs none. The replays of a CUDA graph that captured a run are the
+    caller's to order, among each other and with runs. Two plans share nothing.
+
     On a GPU a tile holds several requests, and what a request must not see is weighted by 0: an infinity or NaN in V
     then reaches the other requests of its tile.
     """
@@ -110,18 +132,53 @@ class DecodePlan:
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.device = device
+        kind, _, index = device.partition(":")
+        self._place = (kind, int(index or 0))
         self.schedule = make_schedule(tree, num_qo_heads, num_kv_heads, head_dim, device, kv_indices)
-
-    @property
-    def workspace_bytes(self) -> int:
-        """Bytes of the workspace for partial outputs."""
-        return self.schedule.workspace_bytes
+        self.workspace_bytes = self.schedule.needs.workspace_bytes
+        self.schedule_bytes = self.schedule.needs.schedule_bytes
+        self.memory: PlanMemory | None = None
+        self._turns = Turns()
+        self._checked_inputs: tuple[Any, ...] = ()
+        self._checked_output: tuple[Any, ...] = ()
 
     def __repr__(self) -> str:
         return (
             f"DecodePlan({self.batch_size} requests, {self.num_tokens} tokens, heads {self.num_qo_heads}/"
             f"{self.num_kv_heads}, head_dim {self.head_dim}, {self.device}: {self.schedule})"
         )
+
+    def place(self, workspace: Any = None) -> None:
+        """Place the plan on its device: copy the index arrays there, and make a workspace ready.
+
+        Parameters
+        ----------
+        workspace : array of any known dtype, at least `workspace_bytes` long, optional
+            The caller's contiguous buffer, on the plan's device, from a multiple of 16 bytes on. What it holds does not
+            matter. Until the last run is done it is the plan's alone; where another plan was given it meanwhile, place
+            anew. By default a new one is allocated.
+
+        Raises
+        ------
+        TypeError, ValueError
+            The workspace does not serve; the message says why, and nothing was written.
+        """
+        kind, index = self._place
+        framework = "cupy"
+        if workspace is not None:
+            check_same("workspace", "device", arrays.device_of("workspace", workspace), self._place)
+            framework = arrays.framework_of(workspace)
+        with nullcontext() if kind == "cpu" else streams.use_device(index):
+            work = None if kind == "cpu" else streams.WorkStream(streams.current_stream(framework, index), index)
+            space = None if workspace is None else arrays.view("workspace", workspace, work)
+            if space is not None:
+                check_workspace(space, self.workspace_bytes)
+            with self._turns.lock:
+                if work is not None:
+                    self._turns.wait(work)
+                self.memory = self.schedule.needs.place(space, work)
+                if work is not None:
+                    self._turns.end(work)
 
     def run(
         self,
@@ -176,18 +233,19 @@ class DecodePlan:
         ------
         TypeError, ValueError
             An argument is wrong or does not fit the plan; the message names it, and nothing was written.
+        RuntimeError
+            The plan was made with ``place=False`` and is not placed yet.
         """
         scale = self.head_dim**-0.5 if sm_scale is None else checked_float(sm_scale, "sm_scale")
         cap = checked_cap(logit_cap)
-        kind, _, index = self.device.partition(":")
-        place = (kind, int(index or 0))
-        check_same("q", "device", arrays.device_of("q", q), place)
+        kind, index = self._place
+        check_same("q", "device", arrays.device_of("q", q), self._place)
         if kind == "cpu" and stream is not None:
             raise ValueError(f"stream is {stream!r}, but q lies on the CPU, expected stream left out")
-        with nullcontext() if kind == "cpu" else streams.use_device(place[1]):
+        with nullcontext() if kind == "cpu" else streams.use_device(index):
             work = None
             if kind == "cuda":
-                work = streams.WorkStream(streams.stream_handle(stream, arrays.framework_of(q), place[1]), place[1])
+                work = streams.WorkStream(streams.stream_handle(stream, arrays.framework_of(q), index), index)
             q_view, k_view, v_view = (arrays.view(name, array, work) for name, array in (("q", q), ("k", k), ("v", v)))
             self._check(q_view, k_view, v_view)
             k_factor = checked_scale("k_scale", k_scale, k_view, work)
@@ -196,20 +254,40 @@ class DecodePlan:
                 checked_float(scale * k_factor, "sm_scale times k_scale")
             result = arrays.empty(q_view.shape, q_view.dtype, q_view) if out is None else out
             o_view = arrays.view("out", result, work)
-            check_output(o_view, q_view, "out")
+            if out is not None:
+                self._check_output(o_view, q_view)
             lse = arrays.empty(q_view.shape[:2], "float32", q_view) if return_lse else None
             lse_view = None if lse is None else arrays.view("lse", lse, work)
-            operands = Operands(q_view, k_view, v_view, o_view, scale, cap, lse_view, k_factor, v_factor)
-            self.schedule.run(operands, work)
-            if work is not None:
-                borrowed = [view for view in (*operands[:4], k_factor, v_factor) if not isinstance(view, float)]
-                work.keep_borrowed(borrowed, own=self.schedule)
+            self._queue(Operands(q_view, k_view, v_view, o_view, scale, cap, lse_view, k_factor, v_factor), work)
+            if out is not None and lse is None:
+                return out
             with nullcontext() if work is None else work.launches():
                 made = out if out is not None else arrays.hand_back(result, q_view)
                 return made if lse is None else (made, arrays.hand_back(lse, q_view))
 
+    def _queue(self, operands: Operands, work: streams.WorkStream | None) -> None:
+        """Run the schedule on checked arrays, in turn with the plan's other runs."""
+        memory = self.memory
+        if memory is None:
+            raise RuntimeError("the plan was made with place=False, expected a call of place before run")
+        if work is None:
+            self.schedule.run(operands, memory, None)
+            return
+        if self.workspace_bytes == 0:
+            self.schedule.run(operands, memory, work)
+        else:
+            with self._turns.lock:
+                self._turns.wait(work)
+                self.schedule.run(operands, memory, work)
+                self._turns.end(work)
+        borrowed = operands.views()
+        work.keep_borrowed((*borrowed, memory.workspace) if memory.borrowed else borrowed, memory, memory.home)
+
     def _check(self, q: ArrayView, k: ArrayView, v: ArrayView) -> None:
-        """Check the inputs against one another and against the plan."""
+        """Check the inputs against one another and against the plan, unless the last run's were like them."""
+        inputs = (layout_of(q), layout_of(k), layout_of(v))
+        if inputs == self._checked_inputs:
+            return
         check_inputs({"q": q, "k": k, "v": v}, float8=True)
         check_same("q", "shape", q.shape, (self.batch_size, self.num_qo_heads, self.head_dim))
         if self.from_pool and k.shape[0] < self.num_tokens:
@@ -217,6 +295,19 @@ class DecodePlan:
         rows = k.shape[0] if self.from_pool else self.num_tokens
         check_same("k", "shape", k.shape, (rows, self.num_kv_heads, self.head_dim))
         self.schedule.check(q, k, v)
+        self._checked_inputs = inputs
+
+    def _check_output(self, out: ArrayView, q: ArrayView) -> None:
+        """Check the caller's output against the queries, unless the last run's were like them."""
+        layouts = (layout_of(out), layout_of(q))
+        if layouts != self._checked_output:
+            check_output(out, q, "out")
+            self._checked_output = layouts
+
+
+def layout_of(view: ArrayView) -> tuple[Any, ...]:
+    """What of an array checks depend on: all but its owner, and the address but for its alignment."""
+    return (view.pointer % cuda.VECTOR_BYTES, *view[1:-1])
 
 
 def checked_rows(kv_indices: Any, tree: KVTree) -> npt.NDArray[np.int32] | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from fasttree_cupy.execution import cuda, kernels
@@ -127,3 +129,18 @@ def test_a_variant_compiles_for_ampere_and_reports_its_resources() -> None:
     assert report.registers > 0
     broken = KernelConfig(config.name, "float16", 24)
     assert not compile_one((80, broken)).ok
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [cuda.STAGE1_PARAMS, cuda.STAGE2_PARAMS, cuda.TREE_DECODE_PARAMS, cuda.WORK_PARAMS, cuda.MERGE_STATES_PARAMS],
+    ids=["stage1", "stage2", "tree_decode", "work", "merge_states"],
+)
+def test_packed_parameters_are_those_of_numpy(fields: np.dtype[Any]) -> None:
+    rng = np.random.default_rng(4)
+    draw = {"u": lambda: int(rng.integers(2**62)), "i": lambda: int(rng.integers(-(2**31), 2**31)), "f": rng.random}
+    values = [draw[fields[name].kind]() for name in fields.names or ()]
+    made = cuda.packed(values, fields)
+    assert made.shape == ()
+    assert made.dtype.names is None
+    assert made.tobytes() == np.array(tuple(values), fields).tobytes()

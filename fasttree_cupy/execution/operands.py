@@ -43,3 +43,7 @@ class Operands(NamedTuple):
     def kv_dtype(self) -> str | None:
         """The dtype of K and V where it is not that of Q."""
         return None if self.k.dtype == self.q.dtype else self.k.dtype
+
+    def views(self) -> list[ArrayView]:
+        """All arrays among them."""
+        return [operand for operand in self if isinstance(operand, ArrayView)]
