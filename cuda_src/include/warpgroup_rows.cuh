@@ -74,7 +74,7 @@ struct WarpgroupRows {
         products_fence();
 #pragma unroll
         for (int t = 0; t < kTileTokens / 16; ++t) {
-            Wgmma<Element>::multiply_values(o, weights + 4 * t, values.at(t * 16 * kPanelRowBytes));
+            Wgmma<ValueElement>::multiply_values(o, weights + 4 * t, values.at(t * 16 * kPanelRowBytes));
         }
         products_commit();
     }
@@ -108,7 +108,7 @@ struct WarpgroupRows {
         products_wait<0>(o);
         after_values();
 #pragma unroll
-        for (int i = 0; i < kTileTokens / 4; ++i) weights[i] = view.any ? Element::pack(s[2 * i], s[2 * i + 1]) : 0;
+        for (int i = 0; i < kTileTokens / 4; ++i) weights[i] = view.any ? ValueElement::pack(s[2 * i], s[2 * i + 1]) : 0;
         scale_outputs(factor);
     }
 

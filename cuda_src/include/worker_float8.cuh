@@ -46,83 +46,91 @@ struct WidenPlace {
 // to the warp's own ring and widened later, so that copies are under way all the time.
 struct Float8Producer : Producer {
     static constexpr int kKeyArrivals = kProducerWarps, kValueArrivals = kProducerWarps;
+    static constexpr int kRawTiles = kRawUnits / 2;
+    static_assert(kRawUnits % 2 == 0, "the ring holds as many units of keys as of values");
     static constexpr int kPasses = kWarpTokens / CopyPlace::kRowsPerPass;
-    static constexpr int kBatch = min_of(kTileTokens > 64 ? 2 : 4, kPasses);  // passes whose reads are under way together
+    // Passes whose reads are under way together; with 128 tokens registers are few.
+    static constexpr int kBatch = min_of(kTileTokens > 64 ? 2 : 4, kPasses);
     static_assert(kPasses % kBatch == 0 && kBatch * CopyPlace::kRowsPerPass % 8 == 0, "batches differ by a constant");
-    // Of the base class, `keys` is the place of the next tile to be copied.
-    Ring<kKeyStages> wide_keys;  // the places to which the oldest units go
+    // Of the base class, `keys` is the place of the next tile to be copied, `values` of the next to be widened.
+    Ring<kKeyStages> wide_keys;
     WidenPlace widen;
-    int units = 0;   // in the ring
-    int newest = 0;  // the place of the next unit in it
+    int tiles = 0;   // in the ring of units
+    int newest = 0;  // the place there of the next tile to be copied, in tiles
     int oldest = 0;
-    bool oldest_is_values = false;
 
     __device__ __forceinline__ Float8Producer(const WorkParams& p, Shared& s)
         : Producer(p, s), widen(warp * kWarpTokens, lane) {}
 
+    // Item after item, and then, with nothing left to copy, what is still to be widened.
     __device__ __forceinline__ void run() {
         int turn = 0;  // see Producer
-        for (int index = blockIdx.x; index >= 0;) {
-            const WorkItem item = p.items[index];
-            if (item.tokens > 0) load_item(item, turn++);
+        for (int index = blockIdx.x;;) {
+            const WorkItem item = p.items[max(index, 0)];
+            const int tokens = index >= 0 ? item.tokens : 0;
+            choose_head(item.kv_head);
+            const QueryRow query(p, item, warp * kWarpRows + lane % kWarpRows);
+            SegmentStream segments(p, item, lane);
+            int begin = 0;
+#pragma unroll 1
+            while (begin < tokens || (index < 0 && tiles > 0)) {
+                // Consumers may still be at the item before the last, and want tiles of it.
+                const bool copies = begin > 0 || (tokens > 0 && queries_free(turn));
+                const bool widens = tiles == kRawTiles || (!copies && tiles > 0);
+                step(copies, widens, item, segments, query, begin, turn);
+                if (copies) begin += kTileTokens;
+            }
+            if (index < 0) return;
+            if (tokens > 0) ++turn;
             index = item.next;
         }
-        while (units > 0) widen_oldest();
     }
-
-    __device__ __forceinline__ void load_item(const WorkItem& item, int turn) {
-        const QueryRow query(p, item, warp * kWarpRows + lane % kWarpRows);
-        choose_head(item.kv_head);
-        SegmentStream segments(p, item, lane);
-        Share share;
-#pragma unroll 1
-        for (int begin = 0; begin < item.tokens; begin += kTileTokens) {
-#pragma unroll 1
-            for (int part = 0; part < 2; ++part) {  // keys, then values
-                const bool first = begin == 0 && part == 0;
-                // Consumers may still be at the item before the last, and want units of it.
-                while (units == kRawUnits || (first && !queries_free(turn))) {
-                    if (units > 0) widen_oldest();
-                }
-                if (part == 0) share = lay_out(item, segments, begin, min(begin + kTileTokens, item.tokens));
-                copy_share(share, raw(newest), part == 0 ? k : v, part == 0 ? k_stride : v_stride);
-                if (first) load_queries(query, turn % 2);
-                commit_copies();
-                newest = newest + 1 == kRawUnits ? 0 : newest + 1;
-                ++units;
-            }
-            keys.advance(1);
-        }
-    }
-    __device__ __forceinline__ u32 raw(int place) const { return shared_address(s.raw[warp][place]); }
 
     // Whether the place of this item's queries is free; for the whole warp.
     __device__ __forceinline__ bool queries_free(int turn) const {
         return __all_sync(0xffffffffu, barrier_test(s.q_empty[turn % 2], turn / 2 % 2 ^ 1));
     }
 
-    // Waits for the oldest unit and for its place in the tiles, and hands it on.
-    __device__ __forceinline__ void widen_oldest() {
-        const bool is_values = oldest_is_values;
-        wait_copies<kRawUnits - 1>(units - 1);
-        __syncwarp();  // lanes read what others copied
-        Barrier& empty = is_values ? s.v_empty[values.stage] : s.k_empty[wide_keys.stage];
-        Barrier& full = is_values ? s.v_full[values.stage] : s.k_full[wide_keys.stage];
-        barrier_wait(empty, (is_values ? values.parity : wide_keys.parity) ^ 1);
-        widen_rows(raw(oldest), shared_address(is_values ? s.v[values.stage] : s.k[wide_keys.stage]));
-        fence_shared_async();  // the products read what this thread has written
-        __syncwarp();          // ... and all lanes; they have read their rows, and written the tile's view
-        if (lane == 0) barrier_arrive(full);
-        if (is_values) {
-            values.advance(1);
-        } else {
-            wide_keys.advance(1);
+    // Widens the oldest tile, copies the next one, or both, unit by unit.
+    __device__ __forceinline__ void step(bool copies, bool widens, const WorkItem& item, SegmentStream& segments,
+                                         const QueryRow& query, int begin, int turn) {
+        Share share;
+        if (widens) widen_unit<Element>(2 * oldest, 2 * tiles - 1, wide_keys, s.k_empty, s.k_full, s.k);
+        if (copies) {
+            share = lay_out(item, segments, begin, min(begin + kTileTokens, item.tokens));
+            copy_share(share, raw(2 * newest), k, k_stride);
+            if (begin == 0) load_queries(query, turn % 2);
+            commit_copies();
         }
-        oldest_is_values = !is_values;
-        oldest = oldest + 1 == kRawUnits ? 0 : oldest + 1;
-        --units;
+        if (widens) {
+            widen_unit<ValueElement>(2 * oldest + 1, 2 * tiles - (copies ? 1 : 2), values, s.v_empty, s.v_full, s.v);
+            oldest = oldest + 1 == kRawTiles ? 0 : oldest + 1;
+            --tiles;
+        }
+        if (copies) {
+            copy_share(share, raw(2 * newest + 1), v, v_stride);
+            commit_copies();
+            newest = newest + 1 == kRawTiles ? 0 : newest + 1;
+            keys.advance(1);
+            ++tiles;
+        }
     }
+    __device__ __forceinline__ u32 raw(int unit) const { return shared_address(s.raw[warp][unit]); }
 
+    // Waits for a unit, after which at most `pending` were copied, and for its place in a tile, and hands it on. Consumers
+    // fence what they read, as they do for tiles that come by themselves: a fence here would wait for the copies.
+    template <typename To, int kStages>
+    __device__ __forceinline__ void widen_unit(int unit, int pending, Ring<kStages>& ring, Barrier (&empty)[kStages],
+                                               Barrier (&full)[kStages], unsigned char (&to)[kStages][kTileBytes]) {
+        wait_copies<kRawUnits - 1>(pending);
+        __syncwarp();  // lanes read what others copied
+        barrier_wait(empty[ring.stage], ring.parity ^ 1);
+        widen_rows<To>(raw(unit), shared_address(to[ring.stage]));
+        __syncwarp();  // all lanes have read and written their rows; with keys, the tile's view is written too
+        if (lane == 0) barrier_arrive(full[ring.stage]);
+        ring.advance(1);
+    }
+    template <typename To>
     __device__ __forceinline__ void widen_rows(u32 rows, u32 tile) const {
 #pragma unroll 1
         for (int done = 0; done < kPasses; done += kBatch) {
@@ -132,7 +140,7 @@ struct Float8Producer : Producer {
 #pragma unroll
             for (int pass = 0; pass < kBatch; ++pass) {
                 const u32 to = tile + widen.tile_offset(pass);
-                store_widened(to, to ^ 16, words[pass]);
+                store_widened<To>(to, to ^ 16, words[pass]);
             }
             rows += widen.raw_offset(kBatch);
             tile += kBatch * CopyPlace::kRowsPerPass * kPanelRowBytes;
