@@ -41,7 +41,7 @@ __device__ __forceinline__ void add_chunk_values(float (&o)[kHeadDim / 2], const
     for (int d = 0; d < kHeadDim / 16; ++d) {
         u32 v[4];
         load_matrices_transposed(v, (values ^ d % 4 * 32) + d / 4 * value_panel_bytes);
-        Mma<Element>::add(reinterpret_cast<float(&)[4]>(o[8 * d]), weights, v[0], v[1]);
-        Mma<Element>::add(reinterpret_cast<float(&)[4]>(o[8 * d + 4]), weights, v[2], v[3]);
+        Mma<ValueElement>::add(reinterpret_cast<float(&)[4]>(o[8 * d]), weights, v[0], v[1]);
+        Mma<ValueElement>::add(reinterpret_cast<float(&)[4]>(o[8 * d + 4]), weights, v[2], v[3]);
     }
 }

@@ -26,10 +26,11 @@ __device__ __forceinline__ void store_shared(u32 address, u32 a, u32 b, u32 c, u
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 // Stores 16 float8 as two chunks of eight elements.
+template <typename To>
 __device__ __forceinline__ void store_widened(u32 first, u32 second, const u32 (&words)[4]) {
     u32 pairs[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) pairs[i] = Element::from_halves(KVElement::to_halves(words[i / 2], i % 2));
+    for (int i = 0; i < 8; ++i) pairs[i] = To::from_halves(KVElement::to_halves(words[i / 2], i % 2));
     store_shared(first, pairs[0], pairs[1], pairs[2], pairs[3]);
     store_shared(second, pairs[4], pairs[5], pairs[6], pairs[7]);
 }
@@ -129,7 +130,8 @@ struct WarpGather {
             for (int pass = 0; pass < kBatch; ++pass) {
                 const int to = row + pass * kRawRows;
                 if (to >= kRows) break;
-                store_widened(tile + Layout::offset(to, chunk * 2), tile + Layout::offset(to, chunk * 2 + 1), words[pass]);
+                store_widened<Element>(tile + Layout::offset(to, chunk * 2), tile + Layout::offset(to, chunk * 2 + 1),
+                                       words[pass]);
             }
         }
     }

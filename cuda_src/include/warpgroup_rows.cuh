@@ -53,7 +53,7 @@ struct WarpgroupRows {
         products_fence();
 #pragma unroll
         for (int t = 0; t < kTileTokens / 16; ++t) {
-            Wgmma<Element>::multiply_values(o, weights + 4 * t, values.at(t * 16 * kPanelRowBytes));
+            Wgmma<ValueElement>::multiply_values(o, weights + 4 * t, values.at(t * 16 * kPanelRowBytes));
         }
         products_commit();
     }
@@ -83,7 +83,7 @@ struct WarpgroupRows {
         products_wait<0>(o);
         after_values();
 #pragma unroll
-        for (int i = 0; i < kTileTokens / 4; ++i) weights[i] = view.any ? Element::pack(s[2 * i], s[2 * i + 1]) : 0;
+        for (int i = 0; i < kTileTokens / 4; ++i) weights[i] = view.any ? ValueElement::pack(s[2 * i], s[2 * i + 1]) : 0;
         scale_outputs(factor);
     }
 
@@ -172,8 +172,8 @@ struct WarpgroupRows {
         exponentials(s, factor, to_score);
         // The maximum rarely moves by more than the slack: then there is nothing to rescale.
         if (__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) scale_outputs(factor);
-        const u32 packed[4] = {Element::pack(s[0], s[1]), Element::pack(s[2], s[3]), Element::pack(s[4], s[5]),
-                               Element::pack(s[6], s[7])};
+        const u32 packed[4] = {ValueElement::pack(s[0], s[1]), ValueElement::pack(s[2], s[3]),
+                               ValueElement::pack(s[4], s[5]), ValueElement::pack(s[6], s[7])};
         add_chunk_values(o, packed, values + tokens + place.by_rows, kPanelBytes);
     }
     // Hides from each row what it does not see. visible: address of two bytes for each of this lane's two first tokens.

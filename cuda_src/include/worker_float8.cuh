@@ -110,18 +110,21 @@ struct Float8Producer : Producer {
         return __all_sync(0xffffffffu, barrier_test(s.q_empty[turn % 2], turn / 2 % 2 ^ 1));
     }
 
-    // Waits for the oldest unit and for its place in the tiles, and hands it on.
+    // Waits for the oldest unit and for its place in the tiles, and hands it on. Consumers fence what they read, as they do
+    // for tiles that come by themselves: a fence here would wait for the copies.
     __device__ __forceinline__ void widen_oldest() {
         const bool is_values = oldest_is_values;
         wait_copies<kRawUnits - 1>(units - 1);
         __syncwarp();  // lanes read what others copied
-        Barrier& empty = is_values ? s.v_empty[values.stage] : s.k_empty[wide_keys.stage];
-        Barrier& full = is_values ? s.v_full[values.stage] : s.k_full[wide_keys.stage];
-        barrier_wait(empty, (is_values ? values.parity : wide_keys.parity) ^ 1);
-        widen_rows(raw(oldest), shared_address(is_values ? s.v[values.stage] : s.k[wide_keys.stage]));
-        fence_shared_async();  // the products read what this thread has written
-        __syncwarp();          // ... and all lanes; they have read their rows, and written the tile's view
-        if (lane == 0) barrier_arrive(full);
+        if (is_values) {
+            barrier_wait(s.v_empty[values.stage], values.parity ^ 1);
+            widen_rows<ValueElement>(raw(oldest), shared_address(s.v[values.stage]));
+        } else {
+            barrier_wait(s.k_empty[wide_keys.stage], wide_keys.parity ^ 1);
+            widen_rows<Element>(raw(oldest), shared_address(s.k[wide_keys.stage]));
+        }
+        __syncwarp();  // all lanes have read and written their rows; with keys, the tile's view is written too
+        if (lane == 0) barrier_arrive(is_values ? s.v_full[values.stage] : s.k_full[wide_keys.stage]);
         if (is_values) {
             values.advance(kTilesAtATime);
         } else {
@@ -131,7 +134,7 @@ struct Float8Producer : Producer {
         oldest = oldest + 1 == kRawUnits ? 0 : oldest + 1;
         --units;
     }
-
+    template <typename To>
     __device__ __forceinline__ void widen_rows(u32 rows, u32 tile) const {
 #pragma unroll 1
         for (int done = 0; done < kPasses; done += kBatch) {
@@ -141,7 +144,7 @@ struct Float8Producer : Producer {
 #pragma unroll
             for (int pass = 0; pass < kBatch; ++pass) {
                 const u32 to = tile + widen.tile_offset(pass);
-                store_widened(to, to ^ 16, words[pass]);
+                store_widened<To>(to, to ^ 16, words[pass]);
             }
             rows += widen.raw_offset(kBatch);
             tile += kBatch * CopyPlace::kRowsPerPass * kPanelRowBytes;
