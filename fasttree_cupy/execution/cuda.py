@@ -116,10 +116,9 @@ def pointer_of(view: ArrayView | None) -> int:
 
 def is_aligned(view: ArrayView) -> bool:
     """Whether every row of a 16-bit array starts at a multiple of `VECTOR_BYTES`."""
-    addresses = view.pointer
-    for length, stride in zip(view.shape[:2], view.strides[:2], strict=True):
-        if length > 1:  # else no address depends on the stride
-            addresses |= stride * 2
+    (rows, heads), (row, head) = view.shape[:2], view.strides[:2]
+    # Where there is but one, no address depends on the stride.
+    addresses = view.pointer | (2 * row if rows > 1 else 0) | (2 * head if heads > 1 else 0)
     return addresses % VECTOR_BYTES == 0
 
 
