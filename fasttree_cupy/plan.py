@@ -246,7 +246,7 @@ class DecodePlan:
             work = None
             if kind == "cuda":
                 work = streams.WorkStream(streams.stream_handle(stream, arrays.framework_of(q), index), index)
-            q_view, k_view, v_view = (arrays.view(name, array, work) for name, array in (("q", q), ("k", k), ("v", v)))
+            q_view, k_view, v_view = arrays.view("q", q, work), arrays.view("k", k, work), arrays.view("v", v, work)
             self._check(q_view, k_view, v_view)
             k_factor = checked_scale("k_scale", k_scale, k_view, work)
             v_factor = checked_scale("v_scale", v_scale, v_view, work)

@@ -165,8 +165,7 @@ def _view_torch(tensor: Any, stream: streams.WorkStream | None) -> ArrayView:
         raise TypeError(f"a dense tensor is needed, got layout {tensor.layout}")
     if tensor.is_neg():  # a lazily negated view, as .imag of a conjugate is
         raise TypeError("the tensor is negated lazily, resolve it first: its memory holds the negative")
-    dtype = _dtype_name(tensor.dtype)
-    device = _torch_device(tensor)
+    dtype, device = _dtype_name(tensor.dtype), _torch_device(tensor)
     pointer, size = tensor.data_ptr(), tensor.element_size()
     if pointer % size:
         raise ValueError(f"elements must lie at multiples of their size ({size} bytes), got address {pointer:#x}")

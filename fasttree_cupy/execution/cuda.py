@@ -138,10 +138,10 @@ def pointer_of(view: ArrayView | None) -> int:
 
 def is_aligned(view: ArrayView) -> bool:
     """Whether every row starts at a multiple of `VECTOR_BYTES`."""
-    addresses, size = view.pointer, DTYPES[view.dtype].itemsize
-    for length, stride in zip(view.shape[:2], view.strides[:2], strict=True):
-        if length > 1:  # else no address depends on the stride
-            addresses |= stride * size
+    (rows, heads), (row, head) = view.shape[:2], view.strides[:2]
+    size = DTYPES[view.dtype].itemsize
+    # Where there is but one, no address depends on the stride.
+    addresses = view.pointer | (size * row if rows > 1 else 0) | (size * head if heads > 1 else 0)
     return addresses % VECTOR_BYTES == 0
 
 

@@ -98,22 +98,20 @@ class WorkStream:
         The stream's handle.
     device : int
         Index of its GPU, which must be CuPy's current device.
+    is_default : bool
+        Whether this is the legacy default stream.
     """
 
-    __slots__ = ("_capturing", "_current", "_followed", "_mark", "device", "handle")
+    __slots__ = ("_capturing", "_current", "_followed", "_mark", "device", "handle", "is_default")
 
     def __init__(self, handle: int, device: int) -> None:
         self.handle = handle
         self.device = device
+        self.is_default = handle <= 1
         self._current: dict[str, int] = {}
         self._followed: set[str] = set()
         self._capturing: bool | None = None
         self._mark: Any = None
-
-    @property
-    def is_default(self) -> bool:
-        """Whether this is the legacy default stream."""
-        return self.handle <= 1
 
     @property
     def is_capturing(self) -> bool:
