@@ -198,7 +198,7 @@ def cut_case(index: int, heads: int, kv_heads: int, head_dim: int, dtype: str, k
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", ["one_row_group", "two_row_groups", "tiles", "plain"])
-@pytest.mark.parametrize(("group", "kv_heads", "head_dim"), [(1, 3, 128), (3, 2, 64), (16, 1, 128), (5, 2, 64)])
+@pytest.mark.parametrize(("group", "kv_heads", "head_dim"), [(1, 3, 128), (3, 2, 64), (16, 1, 128)])
 @pytest.mark.parametrize("kv_dtype", FORMATS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_right_on_the_gpu(
@@ -302,7 +302,7 @@ def test_rows_off_16_bytes_are_refused_on_the_gpu(cupy: Any) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kv_dtype", FORMATS)
-def test_torch_and_jax_arrays_are_taken_on_the_gpu(kv_dtype: str, cupy: Any, torch: Any, jax: Any) -> None:
+def test_torch_and_jax_arrays_are_taken_on_the_gpu(kv_dtype: str, torch: Any, jax: Any) -> None:
     inputs = make_inputs(TREE, 6, 2, 64, "bfloat16", kv_dtype, "array")
     o, _ = expected(TREE, inputs, -1)
     plan = ft.plan_decode(TREE, 6, 2, 64, device="cuda")
@@ -316,4 +316,5 @@ def test_torch_and_jax_arrays_are_taken_on_the_gpu(kv_dtype: str, cupy: Any, tor
         q, k, v, k_scale, v_scale = (convert(array) for array in inputs)
         out = plan.run(q, k, v, k_scale=k_scale, v_scale=v_scale)
         assert type(out) is type(q)
-        assert_close(cupy.from_dlpack(out).get(), o, DTYPES["bfloat16"])
+        host = out.float().cpu().numpy() if isinstance(out, torch.Tensor) else np.asarray(out)
+        assert_close(host, o, DTYPES["bfloat16"])
