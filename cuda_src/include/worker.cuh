@@ -38,7 +38,8 @@ static_assert(kValueStages > kTokenGroups, "each warpgroup holds the values of a
 static_assert(kWarpRows <= kWarpSize, "a lane holds one row's place");
 // A barrier's parity does not tell a phase from the one after the next.
 static_assert(kTilesAtATime <= kKeyStages && kTilesAtATime <= kValueStages, "who waits for a phase has seen the one before");
-static_assert(kKeyStages % kTokenGroups == 0, "a tile's keys and its view take the places of the same warpgroup's");
+static_assert(kKeyStages % kTokenGroups == 0 && kValueStages % kTokenGroups == 0,
+              "a tile takes the place of one of the same warpgroup, which is at its tiles in their order");
 
 // Named barriers, one for each warpgroup.
 constexpr int kExchange = 1, kOwnGroup = 3;

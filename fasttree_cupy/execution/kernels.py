@@ -42,7 +42,7 @@ WORKER_COMPUTE_CAPABILITY = 90
 WORKER_STAGES = {(64, 1): (8, 8), (128, 1): (6, 4), (64, 2): (5, 4), (128, 2): (3, 2)}
 """Head dim, row groups -> tiles in the rings of keys and values of ``tree_decode_sm90``: what the shared memory of a
 multiprocessor holds."""
-WORKER_FLOAT8_STAGES = {(64, 1): (8, 8, 4), (128, 1): (4, 3, 3), (64, 2): (4, 4, 4), (128, 2): (2, 2, 2)}
+WORKER_FLOAT8_STAGES = {(64, 1): (8, 8, 4), (128, 1): (2, 4, 4), (64, 2): (4, 4, 4), (128, 2): (2, 2, 2)}
 """The same where K and V are float8, and the units under way in the ring of each producer warp: a unit is the part
 of a tile's keys or values that the warp gathers, 32 tokens."""
 WORKER_HEAD_DIMS = (64, 128)
