@@ -20,9 +20,11 @@ constexpr int kConsumerWarps = 8;
 constexpr int kProducerWarps = 4;
 constexpr int kThreads = (kConsumerWarps + kProducerWarps) * kWarpSize;
 constexpr int kGroupThreads = 128;
-constexpr int kProducerRegisters = kFloat8 ? 96 : 88;
+constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;  // of a thread; what a block begins with is all that it gets
+constexpr int kProducerRegisters = 88;
 constexpr int kConsumerRegisters = 208;
-static_assert(kGroupThreads * (kProducerRegisters + 2 * kConsumerRegisters) <= 65536, "registers of a multiprocessor");
+static_assert(kGroupThreads * (kProducerRegisters + 2 * kConsumerRegisters) <= kThreads * kLaunchRegisters,
+              "or the consumers wait for registers for ever");
 constexpr int kTileWarps = kRowGroups == 2 ? 4 : kFloat8 ? 2 : 1;  // producer warps that gather a tile together
 constexpr int kTilesAtATime = kProducerWarps / kTileWarps;
 constexpr int kWarpTokens = kTileTokens / kTileWarps;
