@@ -136,9 +136,9 @@ def plan(
         candidates.append((estimate, row_groups, requests, tokens, pieces))
     estimate, row_groups, requests, tokens, pieces = min(candidates, key=lambda candidate: candidate[0])
     step_tokens = STEP_TOKENS[row_groups]
-    bounds, segments = tile_segments(layout, tree.batch_size, group, requests, row_groups, step_tokens)
+    bounds, segments, starts = tile_segments(layout, tree.batch_size, group, requests, row_groups, step_tokens)
     items, partials, merges, counters = _items(
-        pieces, bounds, segments, tokens, request_order, requests, step_tokens, head_dim
+        pieces, bounds, segments, starts, tokens, request_order, requests, step_tokens, head_dim
     )
     workers = int(pieces[-1, 3]) + 1
     return BalancedPlan(items, segments, request_order, row_groups, workers, partials, merges, counters, estimate)
@@ -148,12 +148,14 @@ def plan(
 
 
 @njit(cache=True)
-def _first_of_run(requests: Int32Array) -> int:
-    """The first of requests that follow one another, else -1."""
-    for i in range(1, len(requests)):
-        if requests[i] != requests[0] + i:
-            return -1
-    return int(requests[0])
+def _first_requests(request_order: Int32Array, requests: int) -> Int32Array:
+    """The first request of each tile whose requests follow one another, else -1."""
+    firsts = request_order[::requests].copy()
+    for position in range(len(request_order)):
+        tile = position // requests
+        if request_order[position] != request_order[tile * requests] + position - tile * requests:
+            firsts[tile] = -1
+    return firsts
 
 
 @njit(cache=True)
@@ -161,6 +163,7 @@ def _items(
     pieces: Int64Array,
     bounds: Int64Array,
     segments: Int32Array,
+    starts: Int32Array,
     tokens: Int64Array,
     request_order: Int32Array,
     requests: int,
@@ -174,6 +177,7 @@ def _items(
     previous = np.full(workers, -1, np.int64)
     more = workers
     partials, merges, counters = 0, 0, 0
+    first_requests = _first_requests(request_order, requests)
     i = 0
     while i < len(pieces):
         unit = pieces[i, 0]
@@ -182,8 +186,6 @@ def _items(
             count += 1
         tile = unit % num_tiles
         together = count >= MERGE_TOGETHER and workers == len(pieces)
-        segment = bounds[tile]
-        begin = 0  # of the segment, in the tile's tokens
         for piece in range(count):
             _, first_step, end_step, worker = pieces[i + piece]
             first = first_step * step_tokens
@@ -205,14 +207,15 @@ def _items(
                 item[8] = partials
                 item[9] = counters
                 item[11] = together
-            item[10] = _first_of_run(request_order[item[0] : item[0] + item[1]])
+            item[10] = first_requests[tile]
             if item[3] > 0:
-                while begin + segments[segment, 1] <= first:
-                    begin += segments[segment, 1]
-                    segment += 1
+                segment = bounds[tile]
+                if first > 0:
+                    segment += np.searchsorted(starts[segment : bounds[tile + 1]], first, side="right") - 1
+                gone = first - starts[segment]  # of the segment, to the piece before
                 item[5] = segment + 1
-                item[12] = segments[segment, 0] + first - begin
-                item[13] = segments[segment, 1] - (first - begin)
+                item[12] = segments[segment, 0] + gone
+                item[13] = segments[segment, 1] - gone
                 item[14] = segments[segment, 2]
                 item[15] = segments[segment, 3]
         if count > 1:

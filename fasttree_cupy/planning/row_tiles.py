@@ -71,10 +71,13 @@ class _Dealer(NamedTuple):
         Nodes of all queues.
     left : int64 (queues,)
         Tokens of each of the tile's queues that are still to be dealt.
-    place : int64 (queues, 2)
-        The next one: where its node stands in `nodes`, and its number in the node.
+    heads : int64 (queues, 5)
+        Each queue's first node: where it stands in `nodes`, its next token's row of K and V, its tokens that are
+        left, and the tile's rows that see it, first and end.
     segments : int32 (S, 4)
         What has been dealt; columns as of `BalancedPlan.segments`.
+    starts : int32 (S,)
+        Tokens of the tile before each of them.
     """
 
     layout: _Layout
@@ -82,30 +85,45 @@ class _Dealer(NamedTuple):
     requests: int
     nodes: Int32Array
     left: Int64Array
-    place: Int64Array
+    heads: Int64Array
     segments: Int32Array
+    starts: Int32Array
 
 
 @njit(cache=True)
 def tile_segments(
     layout: _Layout, batch: int, group: int, requests: int, row_groups: int, step_tokens: int
-) -> tuple[Int64Array, Int32Array]:
-    """Segments of each tile, ``segments[bounds[i] : bounds[i + 1]]``: columns as of `BalancedPlan.segments`."""
+) -> tuple[Int64Array, Int32Array, Int32Array]:
+    """Segments of each tile, ``segments[bounds[i] : bounds[i + 1]]``: columns as of `BalancedPlan.segments`.
+
+    The third array holds the tile's tokens before each of them.
+    """
     num_tiles = -(-batch // requests)
     queues = GROUP_WARPS * row_groups + 1  # of a tile: what is seen together, then what begins in each warp's rows
-    starts, nodes, room = _queue(layout, num_tiles, group, requests, row_groups, queues)
-    left, place = np.empty(queues, np.int64), np.empty((queues, 2), np.int64)
-    dealer = _Dealer(layout, group, requests, nodes, left, place, np.empty((max(1, room), 4), np.int32))
+    firsts, nodes, room = _queue(layout, num_tiles, group, requests, row_groups, queues)
+    left, heads = np.empty(queues, np.int64), np.empty((queues, 5), np.int64)
+    segments, starts = np.empty((max(1, room), 4), np.int32), np.empty(max(1, room), np.int32)
+    dealer = _Dealer(layout, group, requests, nodes, left, heads, segments, starts)
     bounds = np.zeros(num_tiles + 1, np.int64)
     for tile in range(num_tiles):
         left[:] = 0
         for queue in range(queues):
-            place[queue, 0] = starts[tile * queues + queue]
-            place[queue, 1] = 0
-            for i in range(place[queue, 0], starts[tile * queues + queue + 1]):
+            first, end = firsts[tile * queues + queue], firsts[tile * queues + queue + 1]
+            for i in range(first, end):
                 left[queue] += layout.seqlen[nodes[i]]
+            if first < end:
+                _go_on(dealer, tile, queue, first)
         bounds[tile + 1] = _deal_tile(dealer, tile, bounds[tile], step_tokens)
-    return bounds, dealer.segments[: max(1, bounds[-1])]
+    total = max(1, bounds[-1])
+    return bounds, segments[:total], starts[:total]
+
+
+@njit(cache=True)
+def _go_on(dealer: _Dealer, tile: int, queue: int, place: int) -> None:
+    """Make the node at a place of `nodes` the queue's first one."""
+    head, node = dealer.heads[queue], dealer.nodes[place]
+    head[0], head[1], head[2] = place, dealer.layout.kv_ptrs[node], dealer.layout.seqlen[node]
+    head[3], head[4] = _rows(dealer.layout, node, tile, dealer.group, dealer.requests)
 
 
 @njit(cache=True)
@@ -115,7 +133,7 @@ def _deal_tile(dealer: _Dealer, tile: int, first: int, step_tokens: int) -> int:
     at = first
     # Whole steps of either kind take turns: while one is computed, the other comes from memory.
     together, apart = left[0] // step_tokens, (left[1:] // CHUNK_TOKENS).sum() * CHUNK_TOKENS // step_tokens
-    done, queue = 0, 1
+    done, queue, last = 0, 1, len(left) - 1
     for step in range(together + apart):
         if done * (together + apart) <= step * together and done < together:
             at = _take(dealer, tile, 0, step_tokens, first, at)
@@ -123,9 +141,9 @@ def _deal_tile(dealer: _Dealer, tile: int, first: int, step_tokens: int) -> int:
             continue
         for _ in range(step_tokens // CHUNK_TOKENS):
             while left[queue] < CHUNK_TOKENS:
-                queue = queue % (len(left) - 1) + 1
+                queue = queue + 1 if queue < last else 1
             at = _take(dealer, tile, queue, CHUNK_TOKENS, first, at)
-            queue = queue % (len(left) - 1) + 1
+            queue = queue + 1 if queue < last else 1
     # Then what is left, in whole chunks as far as possible.
     to_whole_chunk = -left[0] % CHUNK_TOKENS
     at = _take(dealer, tile, 0, left[0], first, at)
@@ -179,23 +197,21 @@ def _queue(
 @njit(cache=True)
 def _take(dealer: _Dealer, tile: int, queue: int, count: int, first: int, at: int) -> int:
     """Append a queue's next `count` tokens to the tile's segments, which begin at `first`, and return their end."""
-    layout, place, segments = dealer.layout, dealer.place, dealer.segments
+    head, segments, starts = dealer.heads[queue], dealer.segments, dealer.starts
     dealer.left[queue] -= count
     while count > 0:
-        node, begun = dealer.nodes[place[queue, 0]], place[queue, 1]
-        taken = min(count, layout.seqlen[node] - begun)
-        row = layout.kv_ptrs[node] + begun
-        begin, end = _rows(layout, node, tile, dealer.group, dealer.requests)
+        taken = min(count, head[2])
         last = segments[max(at - 1, 0)]
-        if at > first and last[0] + last[1] == row and last[2] == begin and last[3] == end:
+        if at > first and last[0] + last[1] == head[1] and last[2] == head[3] and last[3] == head[4]:
             last[1] += taken
         else:
             segment = segments[at]
-            segment[0], segment[1], segment[2], segment[3] = row, taken, begin, end
+            segment[0], segment[1], segment[2], segment[3] = head[1], taken, head[3], head[4]
+            starts[at] = starts[at - 1] + last[1] if at > first else 0
             at += 1
-        place[queue, 1] += taken
-        if place[queue, 1] == layout.seqlen[node]:
-            place[queue, 0] += 1
-            place[queue, 1] = 0
         count -= taken
+        head[1] += taken
+        head[2] -= taken
+        if head[2] == 0 and dealer.left[queue] + count > 0:
+            _go_on(dealer, tile, queue, head[0] + 1)
     return at
