@@ -3,6 +3,7 @@
 // Four producer warps gather the tokens of item after item into rings of tiles; two warpgroups attend them, 64 query
 // rows each. The rings run ahead over the ends of items, so that these cost no bandwidth. With one row group the
 // warpgroups take turns at the tiles and are merged at the item's end; with two, each has its own rows of every tile.
+// Tokens that few rows see are attended by the warps of these rows alone.
 // The worker that finishes the last piece of some rows merges their pieces, or all that end with it do so together.
 #include "worker_consumer.cuh"
 #include "worker_producer.cuh"

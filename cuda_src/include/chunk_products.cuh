@@ -10,8 +10,8 @@ constexpr int kChunkRows = 16;  // of a warp
 
 // Offsets of what a lane addresses for ldmatrix in 16 rows of a panel: row i % 8 of matrix i / 8.
 struct ChunkPlace {
-    u32 by_rows;    // matrices: rows 0 to 7, rows 8 to 15, then the same of the next 8 columns
-    u32 by_columns; // matrices: 8 columns, the next 8 columns, then the same of rows 8 to 15
+    u32 by_rows;     // matrices: rows 0 to 7, rows 8 to 15, then the same of the next 8 columns
+    u32 by_columns;  // matrices: 8 columns, the next 8 columns, then the same of rows 8 to 15
 
     __device__ __forceinline__ explicit ChunkPlace(int lane)
         : by_rows((lane % 16) * kPanelRowBytes + ((lane / 16) ^ (lane % 8)) * 16),
@@ -20,7 +20,8 @@ struct ChunkPlace {
 
 // s = queries keys^T. Fragments as those of a warpgroup's product: s[4 j], s[4 j + 1] of row lane / 4, columns 8 j + ...
 // queries, keys: addresses of the warp's rows and of the chunk in their first panel, by_rows and by_columns added.
-__device__ __forceinline__ void chunk_scores(float (&s)[8], u32 queries, int query_panel_bytes, u32 keys, int key_panel_bytes) {
+__device__ __forceinline__ void chunk_scores(float (&s)[8], u32 queries, int query_panel_bytes, u32 keys,
+                                             int key_panel_bytes) {
     float sums[2][2][4] = {};  // of even and odd steps: half as long a chain of dependent products
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {

@@ -1,4 +1,4 @@
-// Fixed-width names and the two 16-bit element types. No CUDA toolkit header is included anywhere: NVRTC alone compiles this.
+// Fixed-width names and the 16-bit element types. No CUDA toolkit header is included anywhere: NVRTC alone compiles this.
 #pragma once
 
 using u8 = unsigned char;

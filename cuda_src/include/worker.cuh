@@ -39,14 +39,15 @@ static_assert(kRowGroups == 1 || kRowGroups == 2, "two warpgroups split rows or 
 static_assert(kValueStages > kTokenGroups, "each warpgroup holds the values of a tile while it waits for the next one");
 static_assert(kWarpRows <= kWarpSize, "a lane holds one row's place");
 // A barrier's parity does not tell a phase from the one after the next.
-static_assert(kTilesAtATime <= kKeyStages && kTilesAtATime <= kValueStages, "who waits for a phase has seen the one before");
+static_assert(kTilesAtATime <= kKeyStages && kTilesAtATime <= kValueStages,
+              "who waits for a phase has seen the one before");
 static_assert(kKeyStages % kTokenGroups == 0 && kValueStages % kTokenGroups == 0,
               "a tile takes the place of one of the same warpgroup, which is at its tiles in their order");
 
 // Named barriers, one for each warpgroup.
 constexpr int kExchange = 1, kOwnGroup = 3;
 
-// Which of the block's rows see a tile's tokens: a bit for each 16 rows, and of these
+// Which of the block's rows see a tile's tokens. A bit stands for 16 rows, of which
 struct alignas(8) TileView {
     unsigned char seen_by[kTileChunks];  // some row sees some token of the chunk
     unsigned char whole[kTileWarps];     // every row sees every token of a producer warp's part
@@ -57,7 +58,8 @@ constexpr int kRawUnits = FT_RAW_UNITS;  // parts of a tile of keys or values th
 constexpr int kRawBytes = kWarpTokens * kHeadDim;
 // Tiles whose views are kept: those in the ring of keys, those to come, and the ones whose keys are done with.
 constexpr int kViewLaps = 4;
-static_assert((kViewLaps - 1) * kKeyStages >= kTilesAtATime * ceil_div(kRawUnits, 2) + 2, "a view is read before it is written again");
+static_assert((kViewLaps - 1) * kKeyStages >= kTilesAtATime * ceil_div(kRawUnits, 2) + 2,
+              "a view is read before it is written again");
 #else
 // Twice as many views as keys: a tile's keys are done with before its view is.
 constexpr int kViewLaps = 2;

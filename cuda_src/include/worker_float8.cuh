@@ -110,8 +110,8 @@ struct Float8Producer : Producer {
         return __all_sync(0xffffffffu, barrier_test(s.q_empty[turn % 2], turn / 2 % 2 ^ 1));
     }
 
-    // Waits for the oldest unit and for its place in the tiles, and hands it on. Consumers fence what they read, as they do
-    // for tiles that come by themselves: a fence here would wait for the copies.
+    // Waits for the oldest unit and for its place in the tiles, and hands it on. Consumers fence what they read, as they
+    // do for tiles that come by themselves: a fence here would wait for the copies.
     __device__ __forceinline__ void widen_oldest() {
         const bool is_values = oldest_is_values;
         wait_copies<kRawUnits - 1>(units - 1);

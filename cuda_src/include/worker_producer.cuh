@@ -73,8 +73,8 @@ using CopyPlace = PanelPlace<kTileTokens, kChunks>;
 constexpr int kCopyRowBytes = kPanelRowBytes;
 #endif
 
-// A warp that gathers its part of tiles, and of every item's queries. The places of a tile of 64 tokens take longer to find
-// than its copies to start: so each warp is at another tile. Larger ones come sooner when all warps start their copies.
+// A warp that gathers its part of tiles, and of every item's queries. The places of a tile of 64 tokens take longer to
+// find than its copies to start: so each warp is at another tile. Larger ones come sooner when all warps start copies.
 struct Producer {
     using Place = CopyPlace;
     // A thread arrives when its copies are there; for what warps store beside the keys, they arrive once more.
