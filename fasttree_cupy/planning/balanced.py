@@ -21,7 +21,7 @@ from fasttree_cupy.planning.machine import WorkerMachine
 from fasttree_cupy.planning.subtree import _Layout, depth_first, lay_out
 from fasttree_cupy.tree import KVTree
 
-__all__ = ["GROUP_ROWS", "ITEM_FIELDS", "MOST_ROW_GROUPS", "STEP_TOKENS", "BalancedPlan", "plan"]
+__all__ = ["GROUP_ROWS", "ITEM_FIELDS", "MOST_ROW_GROUPS", "STEP_TOKENS", "BalancedPlan", "plan", "plan_layout"]
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -129,18 +129,46 @@ def plan(
         )
     request_order, begins, ends = depth_first(tree)
     layout = lay_out(tree, begins, ends, kv_indices)
-    size = 2.0 * head_dim * num_kv_heads * (2.0 * tree.unique_tokens + 2.0 * tree.batch_size * group)
+    return plan_layout(layout, request_order, group, num_kv_heads, head_dim, multiprocessors, machine)
+
+
+def plan_layout(
+    layout: _Layout,
+    request_order: Int32Array,
+    group: int,
+    num_kv_heads: int,
+    head_dim: int,
+    multiprocessors: int,
+    machine: WorkerMachine,
+    row_groups: int | None = None,
+) -> BalancedPlan:
+    """Plan a tree whose runs of tokens are laid out, for as many row groups as are given, or as are cheapest.
+
+    Parameters
+    ----------
+    layout : _Layout
+        Runs of tokens, ancestors first.
+    request_order : int32 (B,)
+        Requests in depth-first order.
+    group, num_kv_heads, head_dim, multiprocessors, machine
+        See `plan`, which has checked them.
+    row_groups : int, optional
+        1 or 2.
+    """
+    batch = len(request_order)
+    size = 2.0 * head_dim * num_kv_heads * (2.0 * layout.seqlen.sum() + 2.0 * batch * group)
     candidates = []
-    for row_groups in range(-(-group // GROUP_ROWS), MOST_ROW_GROUPS + 1):
+    least, most = (-(-group // GROUP_ROWS), MOST_ROW_GROUPS) if row_groups is None else (row_groups, row_groups)
+    for row_groups in range(least, most + 1):
         requests = row_groups * GROUP_ROWS // group
-        tokens = _tile_tokens(layout, tree.batch_size, requests)
+        tokens = _tile_tokens(layout, batch, requests)
         step, item_us = (machine.step, machine.item) if row_groups == 1 else (machine.double_step, machine.double_item)
         step_us = step * head_dim / 128
         steps = -(-tokens // STEP_TOKENS[row_groups])
         estimate, pieces = _deal(steps, num_kv_heads, multiprocessors, step_us, item_us, size, machine)
         candidates.append((estimate, row_groups, requests, tokens, pieces))
     estimate, row_groups, requests, tokens, pieces = min(candidates, key=lambda candidate: candidate[0])
-    bounds, segments = _segments(layout, tree.batch_size, group, requests)
+    bounds, segments = _segments(layout, batch, group, requests)
     step_tokens = STEP_TOKENS[row_groups]
     items, partials, merges, counters = _items(
         pieces, bounds, segments, tokens, request_order, requests, step_tokens, head_dim

@@ -1,0 +1,129 @@
+"""What a growing plan's arrays mean, in plain Python: the tree as lists of rows, and a walk as the kernel walks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fasttree_cupy.planning.growing import GrowingPlan
+
+__all__ = ["Device", "Model", "rows_attended"]
+
+
+class Model:
+    """Each live slot's rows of K and V."""
+
+    def __init__(self, paths: Sequence[Sequence[int]], slots: int) -> None:
+        self.paths = {slot: list(rows) for slot, rows in enumerate(paths)}
+        self.slots = slots
+
+    def append(self, slots: Sequence[int], rows: Any) -> None:
+        for slot, new in zip(slots, rows, strict=True):
+            self.paths[int(slot)] += [int(row) for row in new]
+
+    def fork(self, parents: Sequence[int]) -> list[int]:
+        free = [slot for slot in range(self.slots) if slot not in self.paths]
+        for slot, parent in zip(free, parents, strict=False):
+            self.paths[slot] = list(self.paths[int(parent)])
+        return free[: len(parents)]
+
+    def finish(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            del self.paths[int(slot)]
+
+
+class Device:
+    """The arrays as a GPU would hold them: what was copied, then edit after edit."""
+
+    def __init__(self, plan: GrowingPlan) -> None:
+        self.plan = plan
+        # What was never written may hold anything.
+        self.packed = np.random.default_rng(0).integers(1, 1000, plan.sizes.total).astype(np.int32)
+        self.copy()
+
+    def copy(self) -> None:
+        self.packed[: self.plan.used] = self.plan.packed[: self.plan.used]
+
+    def follow(self, fits: bool) -> None:
+        if not fits:
+            self.copy()
+            return
+        edits = np.empty(2 + 2 * self.plan.num_edits, np.int32)
+        self.plan.write_edits(edits)
+        assert edits[0] == len(edits) // 2 - 1
+        where = edits[2::2]
+        assert len(set(where.tolist())) == len(where)  # threads write them in any order
+        self.packed[where] = edits[3::2]
+
+
+def rows_attended(
+    plan: GrowingPlan, packed: Any, group: int, kv_heads: int, workers: int
+) -> list[dict[int, list[int]]]:
+    """Rows of K and V that each KV head of each slot attends to, sorted; checks what the kernel relies on."""
+    s = plan.sizes
+    items = packed[s.items_at : s.items_at + 16 * s.items].reshape(-1, 16)
+    order = packed[s.order_at :]
+    segments = packed[s.segments_at : s.segments_at + 4 * s.segments].reshape(-1, 4)
+    assert not packed[s.counters_at : s.items_at].any()
+    attended: list[dict[int, list[int]]] = [{} for _ in range(kv_heads)]
+    visited: set[int] = set()
+    pieces: dict[tuple[int, int], list[tuple[int, ...]]] = {}
+    for worker in range(workers):
+        index = worker
+        while index >= 0:
+            assert index not in visited
+            visited.add(index)
+            item = items[index].tolist()
+            first, count, head, left, index, following = item[:6]
+            assert left >= 0
+            assert 0 <= count * group <= 64 * plan.row_groups
+            if count == 0:
+                assert left == 0
+                continue
+            slots = order[first : first + count].tolist()
+            if item[10] >= 0:
+                assert slots == list(range(item[10], item[10] + count))
+            pieces.setdefault((head, first), []).append(tuple(item[6:10]) + (item[11],))
+            if item[6] == 0:
+                for slot in slots:
+                    assert slot < 0 or slot not in attended[head]
+                    if slot >= 0:
+                        attended[head][slot] = []
+            segment = item[12:]
+            while left > 0:
+                begin, length, row_begin, row_end = segment
+                assert length >= 0
+                taken = min(length, left)
+                if taken > 0:
+                    assert 0 <= row_begin < row_end <= count * group
+                    assert row_begin % group == row_end % group == 0
+                    seen_by = [slot for slot in slots[row_begin // group : row_end // group] if slot >= 0]
+                    assert seen_by, "rows are read that no request sees"
+                    for slot in seen_by:
+                        attended[head].setdefault(slot, []).extend(range(begin, begin + taken))
+                left -= taken
+                if left > 0:
+                    assert following < s.segments
+                    segment = segments[following].tolist()
+                    following += 1
+    check_pieces(plan, pieces)
+    return [{slot: sorted(rows) for slot, rows in found.items()} for found in attended]
+
+
+def check_pieces(plan: GrowingPlan, pieces: dict[tuple[int, int], list[tuple[int, ...]]]) -> None:
+    """Pieces are numbered, share a counter, and own one partial output each, within the arrays' sizes."""
+    partials: list[int] = []
+    counters: list[int] = []
+    for found in pieces.values():
+        assert sorted(piece for piece, *_ in found) == list(range(len(found)))
+        assert {of for _, of, *_ in found} == {len(found)}
+        if len(found) > 1:
+            ((partial, counter, together),) = {tuple(rest) for _, _, *rest in found}
+            partials += range(partial, partial + len(found))
+            counters += range(counter, counter + (2 + 128 // 16 if together else 1))
+    assert len(set(partials)) == len(partials)
+    assert max(partials, default=-1) < plan.sizes.partials
+    assert len(set(counters)) == len(counters)
+    assert (max(counters, default=-1) + 1) * plan.row_groups <= plan.sizes.items_at
