@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fasttree_cupy.capacity import Capacity, checked_capacity
 from fasttree_cupy.checks import check_inputs, check_output, check_same, checked_cap, checked_float, checked_head_dim
 from fasttree_cupy.execution import arrays, cuda, streams
 from fasttree_cupy.execution.arrays import ArrayView
 from fasttree_cupy.execution.device import resolve_device
 from fasttree_cupy.execution.operands import Operands
 from fasttree_cupy.execution.schedule import BalancedSchedule, HeuristicSchedule, Schedule, SubtreeSchedule
+from fasttree_cupy.growth import MOST_ROWS, Growth, grow
 from fasttree_cupy.integers import int_vector
 from fasttree_cupy.params import FastTreeParams, checked_heads, preset
 from fasttree_cupy.planning import balanced, greedy, subtree
@@ -22,9 +25,6 @@ from fasttree_cupy.planning.machine import H200_WORKERS, machine_of
 from fasttree_cupy.tree import KVTree, KVTreeNode, as_tree
 
 __all__ = ["DecodePlan", "plan_decode"]
-
-MOST_ROWS = 2**31 - 1
-"""Rows of a pool that int32 row numbers tell apart."""
 
 
 def plan_decode(
@@ -35,6 +35,7 @@ def plan_decode(
     *,
     kv_indices: Any = None,
     device: str | None = None,
+    capacity: Capacity | None = None,
 ) -> DecodePlan:
     """Plan the decoding of a tree.
 
@@ -51,6 +52,8 @@ def plan_decode(
         By default K and V hold them in that order. From a paged cache `KVTree.from_block_tables` gives them.
     device : str, optional
         "cpu", "cuda" or "cuda:<n>"; by default the GPU where one is usable, else the CPU.
+    capacity : Capacity, optional
+        Makes a plan whose tree can grow up to it: see `DecodePlan.append`, `fork` and `finish`.
 
     Returns
     -------
@@ -65,7 +68,8 @@ def plan_decode(
     tree = as_tree(tree_info)
     heads, kv_heads = checked_heads(num_qo_heads, num_kv_heads)
     head_dim = checked_head_dim(head_dim)
-    return DecodePlan(tree, heads, kv_heads, head_dim, resolve_device(device), checked_rows(kv_indices, tree))
+    room = None if capacity is None else checked_capacity(capacity, tree)
+    return DecodePlan(tree, heads, kv_heads, head_dim, resolve_device(device), checked_rows(kv_indices, tree), room)
 
 
 class DecodePlan:
@@ -74,9 +78,10 @@ class DecodePlan:
     Attributes
     ----------
     batch_size, num_tokens : int
-        Requests, and rows that K and V must have, or in a pool have at least.
+        Requests, and rows that K and V must have, or in a pool have at least. Where the tree can grow, the requests are
+        the slots of its capacity.
     from_pool : bool
-        Whether the plan was made with ``kv_indices``.
+        Whether K and V are a pool of any size: the plan was made with ``kv_indices``, or with a capacity.
     num_qo_heads, num_kv_heads, head_dim : int
         Head layout.
     device : str
@@ -88,7 +93,15 @@ class DecodePlan:
 
     Notes
     -----
-    Nothing but `run` writes to the plan's memory, and only to its workspace: two runs of one plan must not overlap.
+    A plan made with a capacity grows by `append`, `fork` and `finish`. Its requests have slots, 0 to
+    ``capacity.requests - 1``: row i of Q, of the output and of the LSE is that of the request in slot i, and stays so.
+    Rows of slots that are free are neither read nor written. The tree's requests have slots 0, 1, ... at first.
+
+    On compute capability 9.0 such a plan's arrays on the GPU keep their places and sizes and are edited there, in the
+    order of the stream: a CUDA graph of `run` stays right through every change between its replays. On other devices
+    the tree is planned anew by the next `run` after a change, so that graphs must be captured anew too.
+
+    Nothing but `run` and changes of the tree writes to the plan's memory: two of them must not overlap.
     On a GPU a tile holds several requests, and what a request must not see is weighted by 0: an infinity or NaN in V
     then reaches the other requests of its tile.
     """
@@ -101,15 +114,22 @@ class DecodePlan:
         head_dim: int,
         device: str,
         kv_indices: npt.NDArray[np.int32] | None = None,
+        capacity: Capacity | None = None,
     ) -> None:
-        self.batch_size = tree.batch_size
-        self.from_pool = kv_indices is not None
+        self.batch_size = tree.batch_size if capacity is None else capacity.requests
+        self.from_pool = kv_indices is not None or capacity is not None
         self.num_tokens = tree.unique_tokens if kv_indices is None else int(kv_indices.max(initial=-1)) + 1
         self.num_qo_heads = num_qo_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.device = device
-        self.schedule = make_schedule(tree, num_qo_heads, num_kv_heads, head_dim, device, kv_indices)
+        make = partial(make_schedule, num_qo_heads, num_kv_heads, head_dim, device)
+        self._growth: Growth | None = None
+        if capacity is None:
+            self.schedule: Schedule = make(tree, kv_indices)
+        else:
+            grown = grow(tree, kv_indices, capacity, (num_qo_heads, num_kv_heads, head_dim), device, make)
+            self._growth, self.schedule = grown, grown.schedule()
 
     @property
     def workspace_bytes(self) -> int:
@@ -177,10 +197,15 @@ class DecodePlan:
         check_same("q", "device", arrays.device_of("q", q), place)
         if kind == "cpu" and stream is not None:
             raise ValueError(f"stream is {stream!r}, but q lies on the CPU, expected stream left out")
+        if self._growth is not None:
+            self.schedule = self._growth.schedule()
         with nullcontext() if kind == "cpu" else streams.use_device(place[1]):
             work = None
             if kind == "cuda":
-                work = streams.WorkStream(streams.stream_handle(stream, arrays.framework_of(q), place[1]), place[1])
+                framework = arrays.framework_of(q)
+                if self._growth is not None:
+                    self._growth.framework = framework
+                work = streams.WorkStream(streams.stream_handle(stream, framework, place[1]), place[1])
             q_view, k_view, v_view = (arrays.view(name, array, work) for name, array in (("q", q), ("k", k), ("v", v)))
             self._check(q_view, k_view, v_view)
             result = arrays.empty(q_view.shape, q_view.dtype, q_view) if out is None else out
@@ -194,6 +219,88 @@ class DecodePlan:
             with nullcontext() if work is None else work.launches():
                 made = out if out is not None else arrays.hand_back(result, q_view)
                 return made if lse is None else (made, arrays.hand_back(lse, q_view))
+
+    @property
+    def live(self) -> npt.NDArray[np.int32]:
+        """Slots of the requests of a tree that can grow, ascending: int32 (B,), read-only."""
+        return self._growing().tree.live
+
+    @property
+    def tree(self) -> KVTree:
+        """The tree that can grow as it stands; request i is the one in slot ``live[i]``."""
+        return self._growing().tree.snapshot()[0]
+
+    @property
+    def kv_indices(self) -> npt.NDArray[np.int32]:
+        """Rows of K and V of the tokens of `tree`, as `plan_decode` takes them: int32 (unique_tokens,)."""
+        return self._growing().tree.snapshot()[1]
+
+    def append(self, rows: Any, requests: Any = None, *, stream: Any = None) -> None:
+        """Add tokens to the ends of requests' paths.
+
+        Parameters
+        ----------
+        rows : array of int, shape (n_requests,) or (n_requests, n), in host memory
+            Rows of K and V of each request's new tokens, one or n. No run may read them before they are written.
+        requests : array of int, shape (n_requests,), optional
+            Slots of the requests, each named once; by default all of `live`.
+        stream : int, CuPy stream, object with ``__cuda_stream__`` or ``cuda_stream``, optional
+            CUDA stream on which to edit the plan's arrays, that of the runs before and after; by default the current
+            one of CuPy, or of torch where the plan has last run on its tensors.
+
+        Raises
+        ------
+        TypeError, ValueError
+            The plan was made without a capacity or its capacity is exceeded, an argument is wrong, or the stream is
+            being captured. Nothing has changed.
+        """
+        most = self._growing().append(rows, requests, stream)
+        self.num_tokens = max(self.num_tokens, most + 1)
+
+    def fork(self, requests: Any, *, stream: Any = None) -> npt.NDArray[np.int32]:
+        """Make requests that share every token so far of their parents; what is appended later is each one's own.
+
+        Parameters
+        ----------
+        requests : array of int, shape (n,)
+            Slots of the parents. One may be named several times. A request with no tokens, which the tree may have from
+            the beginning, is a parent for requests that share nothing.
+        stream
+            See `append`.
+
+        Returns
+        -------
+        int32 (n,)
+            Slots of the new requests, in the order of their parents.
+
+        Raises
+        ------
+        TypeError, ValueError
+            See `append`.
+        """
+        return self._growing().fork(requests, stream)
+
+    def finish(self, requests: Any, *, stream: Any = None) -> None:
+        """End requests: their slots are free for later forks, and what no other request has is not read any more.
+
+        Parameters
+        ----------
+        requests : array of int, shape (n,)
+            Slots of the requests, each named once. One at least must stay live.
+        stream
+            See `append`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            See `append`.
+        """
+        self._growing().finish(requests, stream)
+
+    def _growing(self) -> Growth:
+        if self._growth is None:
+            raise ValueError("the plan's tree cannot grow, expected a plan made by plan_decode(..., capacity=...)")
+        return self._growth
 
     def _check(self, q: ArrayView, k: ArrayView, v: ArrayView) -> None:
         """Check the inputs against one another and against the plan."""
@@ -219,14 +326,18 @@ def checked_rows(kv_indices: Any, tree: KVTree) -> npt.NDArray[np.int32] | None:
 
 
 def make_schedule(
-    tree: KVTree,
     num_qo_heads: int,
     num_kv_heads: int,
     head_dim: int,
     device: str,
+    tree: KVTree,
     kv_indices: npt.NDArray[np.int32] | None,
+    requests: npt.NDArray[np.int32] | None = None,
 ) -> Schedule:
-    """Plan a tree for a device: our own planners where their kernels can run, else the documented heuristic."""
+    """Plan a tree for a device: our own planners where their kernels can run, else the documented heuristic.
+
+    `requests` are the rows of Q and of the output of the tree's requests; by default 0, 1, ...
+    """
     group = num_qo_heads // num_kv_heads
     if device != "cpu":
         multiprocessors = cuda.multiprocessors(int(device.removeprefix("cuda:")))
@@ -235,6 +346,9 @@ def make_schedule(
             return BalancedSchedule(equal, head_dim, device)
         if SubtreeSchedule.problem(device, group, head_dim) is None:
             made = subtree.plan(tree, group, num_kv_heads, head_dim, machine_of(multiprocessors), kv_indices)
+            if requests is not None:
+                order, merged = requests[made.request_order], requests[made.merge_requests]
+                made = made._replace(request_order=order, merge_requests=merged)
             return SubtreeSchedule(made, num_qo_heads, head_dim, device)
     chosen = preset("H100")
     params = FastTreeParams.for_gpu("H100", group)
@@ -244,4 +358,6 @@ def make_schedule(
     )  # fmt: skip
     if kv_indices is not None:
         heuristic = heuristic._replace(vnode_to_kv_entries=kv_indices[heuristic.vnode_to_kv_entries])
-    return HeuristicSchedule(heuristic, tree.unique_tokens, num_qo_heads, head_dim, device)
+    if requests is not None:
+        heuristic = heuristic._replace(vnode_to_q_entries=requests[heuristic.vnode_to_q_entries])
+    return HeuristicSchedule(heuristic, tree.unique_tokens, num_qo_heads, head_dim, device, requests)

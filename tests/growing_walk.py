@@ -1,4 +1,4 @@
-"""What a growing plan's arrays mean, in plain Python: the tree as lists of rows, and a walk as the kernel walks."""
+"""A tree that grows, in plain Python: lists of rows, random changes, and a walk of a plan's arrays as the kernel's."""
 
 from __future__ import annotations
 
@@ -7,17 +7,44 @@ from typing import Any
 
 import numpy as np
 
-from fasttree_cupy.planning.growing import GrowingPlan
+from fasttree_cupy.planning.growing import MOST_EDITS, GrowingPlan
 
-__all__ = ["Device", "Model", "rows_attended"]
+__all__ = ["KINDS", "Device", "Model", "rows_attended"]
+
+KINDS = ("append", "append", "append_some", "fork", "finish")
+"""Changes to choose from, the first ones more often."""
 
 
 class Model:
-    """Each live slot's rows of K and V."""
+    """Each live slot's rows of K and V, of a pool whose free rows are used again.
 
-    def __init__(self, paths: Sequence[Sequence[int]], slots: int) -> None:
-        self.paths = {slot: list(rows) for slot, rows in enumerate(paths)}
+    Its `append`, `fork` and `finish` take and return what those of `DecodePlan` do.
+    """
+
+    def __init__(self, paths: Sequence[Sequence[int]], slots: int, pool_rows: int) -> None:
+        self.paths = {slot: [int(row) for row in rows] for slot, rows in enumerate(paths)}
         self.slots = slots
+        self.pool_rows = pool_rows
+
+    def held(self) -> set[int]:
+        """Rows that some request has."""
+        return set().union(*self.paths.values())
+
+    def choose(self, kind: str, seed: int) -> tuple[Any, ...]:
+        """Arguments of a random change of a kind that fits: slots, and for an append rows too."""
+        rng = np.random.default_rng(seed)
+        live = np.array(sorted(self.paths))
+        if kind == "fork":
+            return (rng.choice(live, min(self.slots - len(live), int(rng.integers(4)))),)
+        if kind == "finish":
+            return (rng.permutation(live)[: min(len(live) - 1, int(rng.integers(4)))],)
+        slots = live if kind == "append" else rng.permutation(live)[: int(rng.integers(len(live) + 1))]
+        free = sorted(set(range(self.pool_rows)) - self.held())
+        tokens = min(int(rng.integers(4)), len(free) // max(1, len(slots)))
+        if rng.integers(2):  # else rows that follow one another, often
+            rng.shuffle(free)
+        rows = np.array(free[: len(slots) * tokens], np.int64).reshape(len(slots), tokens)
+        return slots, rows
 
     def append(self, slots: Sequence[int], rows: Any) -> None:
         for slot, new in zip(slots, rows, strict=True):
@@ -50,12 +77,11 @@ class Device:
         if not fits:
             self.copy()
             return
-        edits = np.empty(2 + 2 * self.plan.num_edits, np.int32)
-        self.plan.write_edits(edits)
-        assert edits[0] == len(edits) // 2 - 1
-        where = edits[2::2]
-        assert len(set(where.tolist())) == len(where)  # threads write them in any order
-        self.packed[where] = edits[3::2]
+        edits = np.empty((MOST_EDITS, 2), np.int32)
+        count = self.plan.write_edits(edits.reshape(-1))
+        where, values = edits[:count].T
+        assert len(set(where.tolist())) == count  # threads write them in any order
+        self.packed[where] = values
 
 
 def rows_attended(
@@ -85,7 +111,7 @@ def rows_attended(
             slots = order[first : first + count].tolist()
             if item[10] >= 0:
                 assert slots == list(range(item[10], item[10] + count))
-            pieces.setdefault((head, first), []).append(tuple(item[6:10]) + (item[11],))
+            pieces.setdefault((head, first), []).append((*item[6:10], item[11]))
             if item[6] == 0:
                 for slot in slots:
                     assert slot < 0 or slot not in attended[head]

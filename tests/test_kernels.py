@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fasttree_cupy.execution import cuda, kernels
+from fasttree_cupy.execution.edits import EDIT_PLAN_PARAMS
 from fasttree_cupy.execution.kernels import HEAD_DIMS, KernelConfig, all_configs, choose_tile, tiles
 from fasttree_cupy.planning import balanced
 from fasttree_cupy.planning.subtree import ITEM_FIELDS, most_warps
@@ -27,6 +28,8 @@ def test_parameter_structs_have_the_size_that_the_sources_assert() -> None:
     assert f"static_assert(sizeof(WorkItem) == {4 * len(balanced.ITEM_FIELDS)}" in work
     merge = kernels.source_text("merge_states")
     assert f"static_assert(sizeof(MergeStatesParams) == {cuda.MERGE_STATES_PARAMS.itemsize}" in merge
+    edit = kernels.source_text("edit_plan")
+    assert f"static_assert(sizeof(EditPlanParams) == {EDIT_PLAN_PARAMS.itemsize}" in edit
     assert f"static_assert(sizeof(Stage2Params) == {cuda.STAGE2_PARAMS.itemsize}" in kernels.source_text("stage2")
 
 
@@ -70,6 +73,7 @@ def test_planner_and_worker_kernel_agree_on_tiles() -> None:
     assert max(kernels.WORKER_ROW_GROUPS) == balanced.MOST_ROW_GROUPS
     header = (kernels.cuda_src() / "include" / "warpgroup_rows.cuh").read_text()
     assert f"constexpr int kGroupRows = {kernels.WORKER_GROUP_ROWS};" in header
+    assert f"constexpr int kThreads = {kernels.edit_config().threads};" in kernels.source_text("edit_plan")
 
 
 def test_the_worker_kernel_fits_a_multiprocessor() -> None:
@@ -82,7 +86,7 @@ def test_gpus_get_the_kernels_that_they_can_run() -> None:
     ampere = {"stage1_plain", "stage1_mma", "stage2", "merge_states", "tree_decode"}
     assert {config.name for config in all_configs(75)} == {"stage1_plain", "stage2", "merge_states"}
     assert {config.name for config in all_configs(80)} == ampere
-    assert {config.name for config in all_configs(90)} == ampere | {"tree_decode_sm90"}
+    assert {config.name for config in all_configs(90)} == ampere | {"tree_decode_sm90", "edit_plan"}
     assert {config.name for config in all_configs(100)} == ampere
 
 

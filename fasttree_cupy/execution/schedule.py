@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from fasttree_cupy.execution import cpu, cuda
 from fasttree_cupy.execution.arrays import ArrayView, view
@@ -129,10 +130,21 @@ class SubtreeSchedule:
 class HeuristicSchedule:
     """The documented heuristic's metadata: for the CPU, and for what ``tree_decode`` does not serve."""
 
-    def __init__(self, made: GreedyPlan, num_tokens: int, num_qo_heads: int, head_dim: int, device: str) -> None:
+    def __init__(
+        self,
+        made: GreedyPlan,
+        num_tokens: int,
+        num_qo_heads: int,
+        head_dim: int,
+        device: str,
+        requests: npt.NDArray[np.int32] | None = None,
+    ) -> None:
         self.q_tile_sizes = made.q_tile_sizes
         mid_shape = (len(made.vnode_to_q_entries), num_qo_heads, head_dim)
-        lists, mid_o, mid_lse = place_schedule(made[:9], mid_shape, device)
+        # Held here: whose outputs are written, where these are not all.
+        whose = () if requests is None else (requests,)
+        placed, mid_o, mid_lse = place_schedule((*made[:9], *whose), mid_shape, device)
+        lists, self.requests = placed[:9], placed[9] if whose else None
         nums = PhaseNodeNums(made.phase_node_nums, num_tokens)
         self.metadata = MetadataTuple._make([*lists, mid_o, mid_lse, nums, made.phase_node_offsets])
         self.views = [view(name, self.metadata[i]) for i, name in enumerate(MetadataTuple._fields[:11])]
@@ -148,8 +160,9 @@ class HeuristicSchedule:
     def run(self, operands: Operands, stream: WorkStream | None) -> None:
         """Run stage 1 and stage 2."""
         if stream is None:
-            cpu.run(operands, self.metadata)
+            cpu.run(operands, self.metadata, self.requests)
             return
         nums, offsets = self.metadata.phase_node_nums, self.metadata.phase_node_offsets
         kernel = cuda.check_kernel("auto", {"q": operands.q, "k": operands.k, "v": operands.v})
-        cuda.decode(operands, self.views, nums, offsets, self.q_tile_sizes, kernel, stream)
+        whose = None if self.requests is None else (self.requests.data.ptr, len(self.requests))
+        cuda.decode(operands, self.views, nums, offsets, self.q_tile_sizes, kernel, stream, whose)

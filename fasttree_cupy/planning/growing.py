@@ -15,6 +15,7 @@ costs, or where there is no room left, the tree is planned anew into the same ar
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -97,15 +98,13 @@ def sizes(
     items = (planned + FORKS) * num_kv_heads + 2 * workers
     counters = row_groups * (workers + workers // 5 * (2 + head_dim // 16))
     lengths = (counters, items * len(ITEM_FIELDS), capacity.requests + FORKS, segments * 4)
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + -(-length // ALIGNMENT) * ALIGNMENT)
-    if starts[-1] > _INT32_MAX:
+    ends = np.cumsum([-(-length // ALIGNMENT) * ALIGNMENT for length in lengths]).tolist()
+    if ends[-1] > _INT32_MAX:
         raise ValueError(
             f"capacity is {capacity}: {planned} tiles of {tile_requests} requests with {capacity.tokens} tokens each "
-            f"take {starts[-1]} elements, expected at most {_INT32_MAX}"
+            f"take {ends[-1]} elements, expected at most {_INT32_MAX}"
         )
-    return Sizes(*starts, planned + FORKS, items, segments, 2 * workers)
+    return Sizes(0, ends[0], ends[1], ends[2], ends[3], planned + FORKS, items, segments, 2 * workers)
 
 
 class GrowingPlan:
@@ -122,6 +121,8 @@ class GrowingPlan:
     ----------
     row_groups : int
         As the planner chose for the tree as it was at first.
+    workers, most_edits : int
+        Blocks of the launch, and most elements that a change edits.
     sizes : Sizes
     packed : int32 (sizes.total,)
         All arrays.
@@ -135,8 +136,17 @@ class GrowingPlan:
         self, tree: GrowingTree, group: int, num_kv_heads: int, head_dim: int, workers: int, machine: WorkerMachine
     ) -> None:
         self.tree = tree
-        self._arguments = (group, num_kv_heads, head_dim, workers, machine)
-        self.row_groups = plan_layout(*tree.layout(), *self._arguments).row_groups
+        self.workers = workers
+        self.most_edits = MOST_EDITS
+        self._planned = partial(
+            plan_layout,
+            group=group,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            multiprocessors=workers,
+            machine=machine,
+        )
+        self.row_groups = self._planned(*tree.layout()).row_groups
         requests = self.row_groups * GROUP_ROWS // group
         self.sizes = sizes(tree.capacity, requests, num_kv_heads, head_dim, workers, self.row_groups)
         self.packed = np.zeros(self.sizes.total, np.int32)
@@ -165,7 +175,7 @@ class GrowingPlan:
 
     def _plan(self) -> None:
         """Plan the tree anew."""
-        self.made = plan_layout(*self.tree.layout(), *self._arguments, self.row_groups)
+        self.made = self._planned(*self.tree.layout(), row_groups=self.row_groups)
         _spread(self._state, self.made.items, self.made.segments, self.made.request_order, self.made.workers)
 
     @property
@@ -173,14 +183,9 @@ class GrowingPlan:
         """Elements of `packed` up to which it means anything."""
         return self.sizes.segments_at + 4 * int(self._state.numbers[_USED_SEGMENTS])
 
-    @property
-    def num_edits(self) -> int:
-        """Elements that have changed since `write_edits`; 0 after a new plan."""
-        return int(self._state.numbers[_EDITS])
-
-    def write_edits(self, to: Int32Array) -> None:
-        """Write what has changed: the number of edits, 0, and of each edit the index in `packed` and the value."""
-        _write_edits(self._state, to)
+    def write_edits(self, to: Int32Array) -> int:
+        """Write what has changed, of each edit the index in `packed` and the value; returns the number of edits."""
+        return _write_edits(self._state, to)
 
     def append(self, slots: Int32Array, rows: Int32Array) -> bool:
         """Follow `GrowingTree.append`; returns whether edits were enough, else all of `packed` is new."""
@@ -258,20 +263,20 @@ def _put(packed: Int32Array, edited: Int32Array, edits: Int32Array, n: Int64Arra
 
 
 @njit(cache=True)
-def _write_edits(s: _State, to: Int32Array) -> None:
+def _write_edits(s: _State, to: Int32Array) -> int:
     n = s.numbers
-    to[0] = n[_EDITS]
-    to[1] = 0
-    for i in range(n[_EDITS]):
-        to[2 + 2 * i] = s.edits[i]
-        to[3 + 2 * i] = s.packed[s.edits[i]]
+    count = int(n[_EDITS])
+    for i in range(count):
+        to[2 * i] = s.edits[i]
+        to[2 * i + 1] = s.packed[s.edits[i]]
     n[_EDITS] = 0
     n[_CHANGE] += 1
+    return count
 
 
 @njit(cache=True)
 def _item_at(n: Int64Array, index: int) -> int:
-    return n[_ITEMS_AT] + _FIELDS * index
+    return int(n[_ITEMS_AT] + _FIELDS * index)
 
 
 @njit(cache=True)
@@ -402,7 +407,7 @@ def _begin_segment(s: _State, slot: int, row: int) -> int:
     s.slots[slot, _SEGMENT] = s.tiles[tile, _END]
     s.tiles[tile, _END] += 1
     _put_segment(s, s.slots[slot, _SEGMENT], row, 0, first_row, first_row + n[_GROUP])
-    return n[_SEGMENTS_AT] + 4 * s.slots[slot, _SEGMENT]
+    return int(n[_SEGMENTS_AT] + 4 * s.slots[slot, _SEGMENT])
 
 
 @njit(cache=True)
@@ -423,7 +428,7 @@ def _is_good_enough(s: _State) -> bool:
     """Whether edits say all, and what has been lost since the plan was made is less than a new one costs."""
     lost = s.loads.max() - s.costs[_BUSIEST] - s.costs[_GROWN] / len(s.loads)
     s.costs[_LOST] += RUNS_A_CHANGE * s.costs[_STEP_US] * max(0.0, lost)
-    return s.numbers[_FULL] == 0 and s.costs[_LOST] < s.costs[_PLAN_US]
+    return bool(s.numbers[_FULL] == 0 and s.costs[_LOST] < s.costs[_PLAN_US])
 
 
 @njit(cache=True)
@@ -530,7 +535,7 @@ def _finish(s: _State, slots: Int32Array) -> bool:
 def _nobody_sees(s: _State, tile: int, first_row: int, end_row: int) -> bool:
     n = s.numbers
     first = n[_ORDER_AT] + s.tiles[tile, _FIRST]
-    return np.all(s.packed[first + first_row // n[_GROUP] : first + end_row // n[_GROUP]] < 0)
+    return bool(np.all(s.packed[first + first_row // n[_GROUP] : first + end_row // n[_GROUP]] < 0))
 
 
 @njit(cache=True)

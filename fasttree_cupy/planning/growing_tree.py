@@ -47,8 +47,15 @@ class GrowingTree:
         self.capacity = capacity
         nodes, runs = tree.num_nodes + capacity.tokens, max(1, capacity.tokens)
         self._nodes = _Nodes(
-            *(np.empty(nodes, np.int32) for _ in range(6)),
-            *(np.empty(runs, np.int32) for _ in range(3)),
+            parent=np.empty(nodes, np.int32),
+            tokens=np.empty(nodes, np.int32),
+            ends=np.empty(nodes, np.int32),
+            children=np.empty(nodes, np.int32),
+            first_run=np.empty(nodes, np.int32),
+            last_run=np.empty(nodes, np.int32),
+            run_row=np.empty(runs, np.int32),
+            run_tokens=np.empty(runs, np.int32),
+            run_next=np.empty(runs, np.int32),
             slot_node=np.full(capacity.requests, -1, np.int32),
             numbers=np.array([-1, tree.num_nodes, -1, 0, 0, tree.breadth_first[0]], np.int64),
         )
@@ -63,10 +70,6 @@ class GrowingTree:
     def _find_live(self) -> None:
         self.live = np.flatnonzero(self._nodes.slot_node >= 0).astype(np.int32)
         self.live.flags.writeable = False
-
-    def is_live(self, slot: int) -> bool:
-        """Whether a request has this slot."""
-        return bool(self._nodes.slot_node[slot] >= 0)
 
     def append(self, slots: Int32Array, rows: Int32Array) -> None:
         """Add tokens in `rows` (len(slots), n) to the ends of the paths of different live requests."""
@@ -136,7 +139,7 @@ def _take(numbers: Int64Array, first: int, links: Int32Array) -> int:
     else:
         place = numbers[first + 1]
         numbers[first + 1] += 1
-    return place
+    return int(place)
 
 
 @njit(cache=True)
@@ -277,7 +280,7 @@ def _depth_first(nodes: _Nodes) -> Int32Array:
 def _continues(nodes: _Nodes, node: int) -> bool:
     """Whether a node is the only way on from its parent, so that the two could be one."""
     parent = nodes.parent[node]
-    return parent >= 0 and nodes.ends[parent] == 0 and nodes.children[parent] == 1
+    return bool(parent >= 0 and nodes.ends[parent] == 0 and nodes.children[parent] == 1)
 
 
 @njit(cache=True)
