@@ -39,7 +39,7 @@ class Growing:
         rows = (rng.permutation(pool_rows) if shuffle else np.arange(pool_rows))[: tree.unique_tokens].astype(np.int32)
         capacity = ft.Capacity(tree.batch_size + 7, pool_rows)
         self.tree = GrowingTree(tree, rows, capacity)
-        self.layout = (group, kv_heads, workers)
+        self.layout = (group, kv_heads, 128)
         self.plan = GrowingPlan(self.tree, group, kv_heads, 128, workers, ROW_GROUPS[row_groups])
         assert self.plan.row_groups == row_groups or tree.unique_tokens == 0  # where both cost the same
         self.device = Device(self.plan)
@@ -58,6 +58,7 @@ class Growing:
         self.device.follow(fits)
 
     def check(self) -> None:
+        assert not self.device.packed[: self.plan.sizes.items_at].any()  # counters, for the next launch
         expected = {slot: sorted(rows) for slot, rows in self.model.paths.items()}
         for attended in rows_attended(self.plan, self.device.packed, *self.layout):
             assert attended == expected

@@ -14,7 +14,7 @@ import fasttree_cupy as ft
 from fasttree_cupy.execution.growing import GrowingSchedule
 from fasttree_cupy.execution.schedule import BalancedSchedule
 from fasttree_cupy.planning import growing
-from tests.growing_walk import KINDS, Model
+from tests.growing_walk import KINDS, Model, rows_attended
 from tests.reference import dense_attention
 from tests.test_decode import DTYPES, namespace
 from tests.test_serving import device_of, host
@@ -119,12 +119,14 @@ class Decoder:
         self.check_arrays()
 
     def check_arrays(self) -> None:
-        """What lies on the GPU is what the host thinks."""
+        """What lies on the GPU means the tree."""
         schedule = self.plan.schedule
         if isinstance(schedule, GrowingSchedule):
-            first, end = schedule.plan.sizes.items_at, schedule.plan.used
-            there = schedule.packed.array.get()
-            np.testing.assert_array_equal(there[first:end], schedule.plan.packed[first:end])
+            heads, kv_heads, head_dim = self.heads
+            expected = {slot: sorted(rows) for slot, rows in self.model.paths.items()}
+            packed = schedule.packed.array.get()
+            for attended in rows_attended(schedule.plan, packed, heads // kv_heads, kv_heads, head_dim):
+                assert attended == expected
 
     def check_against_the_reference(self) -> None:
         live = self.plan.live.tolist()
