@@ -87,7 +87,7 @@ class Growth:
     def append(self, rows: Any, requests: Any, stream: Any) -> int:
         """See `DecodePlan.append`; returns the highest new row, -1 where there is none."""
         slots = self.tree.live if requests is None else self._slots(requests, once=True)
-        added = checked_new_rows(rows, len(slots))
+        added, most = checked_new_rows(rows, len(slots))
         tokens = self.tree.tokens + added.size
         if tokens > self.tree.capacity.tokens:
             raise ValueError(
@@ -100,7 +100,7 @@ class Growth:
             return self._following is not None and self._following.plan.append(slots, added)
 
         self._follow(change, stream)
-        return int(added.max(initial=-1))
+        return most
 
     def fork(self, requests: Any, stream: Any) -> Int32Array:
         """See `DecodePlan.fork`."""
@@ -162,8 +162,8 @@ class Growth:
         return slots.astype(np.int32)
 
 
-def checked_new_rows(rows: Any, num_requests: int) -> Int32Array:
-    """`rows` as int32 of two dimensions, a row for each request."""
+def checked_new_rows(rows: Any, num_requests: int) -> tuple[Int32Array, int]:
+    """`rows` as int32 of two dimensions, a row for each request; and the highest, -1 where there is none."""
     array = host_array(rows, "rows")
     if array.ndim not in (1, 2) or len(array) != num_requests:
         raise ValueError(
@@ -171,6 +171,9 @@ def checked_new_rows(rows: Any, num_requests: int) -> Int32Array:
         )
     if array.dtype.kind not in "iu" and array.size:
         raise TypeError(f"rows is {array.dtype}, expected integers")
-    if array.size and not 0 <= array.min() <= array.max() < MOST_ROWS:
-        raise ValueError(f"rows goes from {array.min()} to {array.max()}, expected rows from 0 to {MOST_ROWS - 1}")
-    return np.ascontiguousarray(array.reshape(num_requests, *array.shape[1:] or (1,)), np.int32)
+    most = -1
+    if array.size:
+        most = int(array.astype(np.int64, order="C").view(np.uint64).max())  # what is negative becomes too large
+        if most >= MOST_ROWS:
+            raise ValueError(f"rows goes from {array.min()} to {array.max()}, expected rows from 0 to {MOST_ROWS - 1}")
+    return np.ascontiguousarray(array.reshape(num_requests, *array.shape[1:] or (1,)), np.int32), most
