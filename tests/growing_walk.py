@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fasttree_cupy.planning.growing import MOST_EDITS, GrowingPlan
+from fasttree_cupy.planning.growing import GrowingPlan
 
 __all__ = ["KINDS", "Device", "Model", "rows_attended"]
 
@@ -77,7 +77,7 @@ class Device:
         if not fits:
             self.copy()
             return
-        edits = np.empty((MOST_EDITS, 2), np.int32)
+        edits = np.empty((self.plan.most_edits, 2), np.int32)
         count = self.plan.write_edits(edits.reshape(-1))
         where, values = edits[:count].T
         assert len(set(where.tolist())) == count  # threads write them in any order

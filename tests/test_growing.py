@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fasttree_cupy as ft
-from fasttree_cupy.planning import growing
+from fasttree_cupy.planning import growing, growing_passes
 from fasttree_cupy.planning.growing import GrowingPlan
 from fasttree_cupy.planning.growing_tree import GrowingTree
 from fasttree_cupy.planning.machine import H200_WORKERS
@@ -101,7 +101,7 @@ def test_a_step_edits_a_number_a_request_and_a_number_a_tile_and_head() -> None:
     rows = np.arange(tree.unique_tokens, dtype=np.int32)
     growing_tree = GrowingTree(tree, rows, ft.Capacity(64, tree.unique_tokens + 640))
     plan = GrowingPlan(growing_tree, 4, 8, 128, 132, H200_WORKERS)
-    edits = np.empty(2 * growing.MOST_EDITS, np.int32)
+    edits = np.empty(2 * growing_passes.MOST_EDITS, np.int32)
     tiles = 64 * 4 // (64 * plan.row_groups)
     for step in range(3):
         new = (tree.unique_tokens + 10 * np.arange(64) + step).astype(np.int32)[:, None]
@@ -128,11 +128,11 @@ def test_drift_is_paid_for_and_ends_in_a_new_plan() -> None:
 
 def test_more_forks_than_there_is_room_for_are_planned() -> None:
     tree = ft.KVTree.from_levels([1, 2], [300, 20])
-    capacity = ft.Capacity(2 + growing.FORKS + 1, 400)
+    capacity = ft.Capacity(2 + growing_passes.FORKS + 1, 400)
     growing_tree = GrowingTree(tree, np.arange(340, dtype=np.int32), capacity)
     with mock.patch.object(growing, "PLAN_US", 1e9):
         plan = GrowingPlan(growing_tree, 4, 1, 64, 132, H200_WORKERS)
-    parents = np.zeros(growing.FORKS, np.int32)
+    parents = np.zeros(growing_passes.FORKS, np.int32)
     assert plan.fork(parents, growing_tree.fork(parents))
     assert not plan.fork(parents[:1], growing_tree.fork(parents[:1]))
 

@@ -75,8 +75,20 @@ class Decoder:
         self.q = self.rng.standard_normal((self.model.slots, heads, head_dim)).astype(self.dtype)
         self.kv = self.rng.standard_normal((2, self.model.pool_rows, kv_heads, head_dim)).astype(self.dtype)
         self.q_there, self.k, self.v = (self.xp.array(array) for array in (self.q, *self.kv))
-        self.out = self.xp.full(self.q.shape, UNTOUCHED, np.float32).astype(self.dtype)
+        self.out = self.xp.array(self.q)
         self.hide()
+
+    def put(self, there: Any, values: np.ndarray[Any, Any]) -> None:
+        """Write to an array, for any stream to read."""
+        if self.xp is np:
+            there[...] = values
+        else:
+            there.set(values)
+            self.xp.cuda.Device().synchronize()
+
+    def clear(self) -> None:
+        """Fill the output with what no run writes."""
+        self.put(self.out, np.full(self.q.shape, UNTOUCHED, self.dtype))
 
     def hide(self) -> None:
         """Put NaN into the rows that no request holds, and back into others what belongs there."""
@@ -85,7 +97,7 @@ class Decoder:
         for array, values in zip((self.k, self.v), self.kv, strict=True):
             hidden = values.copy()
             hidden[free] = np.nan
-            array[...] = self.xp.asarray(hidden)
+            self.put(array, hidden)
 
     def change(self, kind: str, seed: int) -> None:
         arguments = self.model.choose(kind, seed)
@@ -101,7 +113,7 @@ class Decoder:
         assert self.plan.live.tolist() == sorted(self.model.paths)
 
     def run(self) -> Any:
-        self.out[...] = UNTOUCHED
+        self.clear()
         _, lse = self.plan.run(self.q_there, self.k, self.v, self.out, return_lse=True)
         return lse
 
@@ -179,7 +191,7 @@ def test_a_graph_captured_once_follows_every_change(
             stream.end_capture()
             for seed in range(40):
                 decoder.change(KINDS[seed % len(KINDS)], seed)
-                decoder.out[...] = UNTOUCHED
+                decoder.clear()
                 graph.launch(stream)
                 stream.synchronize()
                 decoder.check_against_a_plan_anew()
@@ -192,7 +204,8 @@ def test_changes_far_ahead_of_the_gpu_are_kept_apart(cupy: Any) -> None:
     """The host runs 40 steps ahead of a stream that waits: every run sees the tree as it was when it was queued."""
     decoder = Decoder(ft.KVTree.from_levels([1, 3], [200, 5]), "gpu", (8, 2, 64, "float16"))
     rows = np.setdiff1d(np.arange(decoder.model.pool_rows), list(decoder.model.held()))
-    decoder.k[...], decoder.v[...] = (cupy.asarray(part) for part in decoder.kv)
+    for array, values in zip((decoder.k, decoder.v), decoder.kv, strict=True):
+        decoder.put(array, values)
     outs = [cupy.full_like(decoder.out, np.nan) for _ in range(40)]
     decoder.run()
     flush = cupy.empty(2**29, np.uint8)
