@@ -245,8 +245,9 @@ class DecodePlan:
         requests : array of int, shape (n_requests,), optional
             Slots of the requests, each named once; by default all of `live`.
         stream : int, CuPy stream, object with ``__cuda_stream__`` or ``cuda_stream``, optional
-            CUDA stream on which to edit the plan's arrays, that of the runs before and after; by default the current
-            one of CuPy, or of torch where the plan has last run on its tensors.
+            CUDA stream on which to edit the plan's arrays; by default the current one of CuPy, or of torch where the
+            plan has last run on its tensors. A later run on another stream waits for it. That it comes after runs on
+            other streams, or before a graph's replay there, is the caller's part.
 
         Raises
         ------

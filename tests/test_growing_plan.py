@@ -199,18 +199,31 @@ def test_a_graph_captured_once_follows_every_change(
                     decoder.check_against_the_reference()
 
 
-@GPU
-def test_changes_far_ahead_of_the_gpu_are_kept_apart(cupy: Any) -> None:
-    """The host runs 40 steps ahead of a stream that waits: every run sees the tree as it was when it was queued."""
+def slow_decoder(cupy: Any) -> tuple[Decoder, Any, Any]:
+    """A decoder of three requests whose pools hold all values, free rows, and what fills a stream for some 10 ms."""
     decoder = Decoder(ft.KVTree.from_levels([1, 3], [200, 5]), "gpu", (8, 2, 64, "float16"))
     rows = np.setdiff1d(np.arange(decoder.model.pool_rows), list(decoder.model.held()))
     for array, values in zip((decoder.k, decoder.v), decoder.kv, strict=True):
         decoder.put(array, values)
-    outs = [cupy.full_like(decoder.out, np.nan) for _ in range(40)]
-    decoder.run()
+    decoder.run()  # compiles, as does a change
+    decoder.plan.finish(decoder.plan.fork([0]))
+    decoder.plan.append(np.empty((3, 0), np.int64))
     flush = cupy.empty(2**29, np.uint8)
-    for _ in range(50):
-        flush.fill(1)  # some 10 ms
+    cupy.cuda.Device().synchronize()
+
+    def fill() -> None:
+        for _ in range(50):
+            flush.fill(1)
+
+    return decoder, rows, fill
+
+
+@GPU
+def test_changes_far_ahead_of_the_gpu_are_kept_apart(cupy: Any) -> None:
+    """The host runs 40 steps ahead of a stream that waits: every run sees the tree as it was when it was queued."""
+    decoder, rows, fill = slow_decoder(cupy)
+    outs = [cupy.full_like(decoder.out, np.nan) for _ in range(40)]
+    fill()
     for step, out in enumerate(outs):
         decoder.plan.append(rows[3 * step : 3 * step + 3])
         decoder.plan.run(decoder.q_there, decoder.k, decoder.v, out)
@@ -218,6 +231,18 @@ def test_changes_far_ahead_of_the_gpu_are_kept_apart(cupy: Any) -> None:
         decoder.model.append([0, 1, 2], rows[3 * step : 3 * step + 3, None])
         decoder.out = out
         decoder.check_against_the_reference()
+
+
+@GPU
+def test_a_run_on_another_stream_waits_for_the_change(cupy: Any) -> None:
+    decoder, rows, fill = slow_decoder(cupy)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        fill()
+    decoder.plan.append(rows[:3], stream=stream)
+    decoder.plan.run(decoder.q_there, decoder.k, decoder.v, decoder.out)
+    decoder.model.append([0, 1, 2], rows[:3, None])
+    decoder.check_against_the_reference()
 
 
 def make_plan() -> ft.DecodePlan:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from fasttree_cupy.execution.cuda import Launch, prepare
 from fasttree_cupy.execution.kernels import edit_config
-from fasttree_cupy.execution.streams import WorkStream
+from fasttree_cupy.execution.streams import WorkStream, is_capturing
 
 __all__ = ["EDIT_PLAN_PARAMS", "EditableArray", "PinnedRing"]
 
@@ -113,6 +113,7 @@ class EditableArray:
         self._most_edits = most_edits
         self._edits, self._copies = PinnedRing(EDIT_BUFFERS), PinnedRing(COPY_BUFFERS)
         self._params: dict[int, Any] = {}  # of each buffer of edits: its address never changes
+        self._changed: tuple[int, Any] | None = None  # the last change's stream, and the event after it
 
     def edit(self, write: Callable[[Int32Array], int], stream: WorkStream) -> None:
         """Queue a change of some elements.
@@ -120,7 +121,7 @@ class EditableArray:
         Parameters
         ----------
         write : callable
-            Writes indices and values into an int32 (most_edits, 2) array, no index twice, and returns their number.
+            Writes index and value of each edit into an int32 array, no index twice, and returns their number.
         stream : WorkStream
             CUDA stream to work on.
         """
@@ -137,6 +138,7 @@ class EditableArray:
         with stream.launches():
             launch((EDIT_BLOCKS, 1, 1), params)
         buffer.sent(stream.handle)
+        self._changed = (stream.handle, buffer.event)
 
     def replace(self, values: Int32Array, stream: WorkStream) -> None:
         """Queue a copy of `values` to the array's beginning."""
@@ -148,6 +150,15 @@ class EditableArray:
             self.array.data.ptr, buffer.pointer, 4 * len(values), HOST_TO_DEVICE, stream.handle
         )
         buffer.sent(stream.handle)
+        self._changed = (stream.handle, buffer.event)
+
+    def let_wait(self, stream: WorkStream) -> None:
+        """Make a stream wait for the last change, where that is on another one and the stream is not being captured."""
+        if self._changed is None or self._changed[0] == stream.handle or is_capturing(stream.handle):
+            return
+        import cupy
+
+        cupy.cuda.runtime.streamWaitEvent(stream.handle, self._changed[1].ptr)
 
 
 @functools.cache

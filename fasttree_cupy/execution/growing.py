@@ -8,6 +8,7 @@ import numpy as np
 
 from fasttree_cupy.execution.edits import EditableArray
 from fasttree_cupy.execution.kernels import WORKER_GROUP_ROWS
+from fasttree_cupy.execution.operands import Operands
 from fasttree_cupy.execution.schedule import BalancedSchedule
 from fasttree_cupy.execution.streams import WorkStream, use_device
 
@@ -44,6 +45,12 @@ class GrowingSchedule(BalancedSchedule):
             f"{len(made.items)} items of up to {WORKER_GROUP_ROWS * self.row_groups} rows for {self.workers} workers "
             f"as last planned, {made.merges} tiles merged, {self.workspace_bytes} bytes of workspace"
         )
+
+    def run(self, operands: Operands, stream: WorkStream | None) -> None:
+        """Queue one launch, after the last change."""
+        if stream is not None:
+            self.packed.let_wait(stream)
+        super().run(operands, stream)
 
     def follow(self, fits: bool, stream: WorkStream) -> None:
         """Queue the plan's last change: edits where these `fits`, else all of it, with counters of 0."""

@@ -208,7 +208,10 @@ def _spread_items(s: PlanState, items: Int32Array, workers: int) -> None:
 
 @njit(cache=True)
 def _spread_segments(s: PlanState, segments: Int32Array) -> None:
-    """Copy the segments, tile after tile with room behind each; a tile's follow one another, heads share them."""
+    """Copy the segments, tile after tile with room behind each.
+
+    A tile's follow one another, and its KV heads share them; an item's first is the one before its next.
+    """
     n = s.numbers
     free = 0
     for index in range(n[_USED_TILES]):
