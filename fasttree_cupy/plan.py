@@ -95,7 +95,8 @@ class DecodePlan:
     -----
     A plan made with a capacity grows by `append`, `fork` and `finish`. Its requests have slots, 0 to
     ``capacity.requests - 1``: row i of Q, of the output and of the LSE is that of the request in slot i, and stays so.
-    Rows of slots that are free are neither read nor written. The tree's requests have slots 0, 1, ... at first.
+    Rows of slots that are free are neither read nor written: in an output that `run` makes they hold anything. The
+    tree's requests have slots 0, 1, ... at first.
 
     On compute capability 9.0 such a plan's arrays on the GPU keep their places and sizes and are edited there, in the
     order of the stream: a CUDA graph of `run` stays right through every change between its replays. On other devices
