@@ -25,13 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine, records
-from bench.contestants import OWN, Contestant
+from bench.contestants import OWN, Contestant, Planned
 from bench.device import Device, Gpu
 from bench.floor import Rates
 from bench.measure import measure_case
 from bench.peers import PEERS
 from bench.summary import best_peer, floor_share, own_names, peer_names, summary
 from bench.workloads import SUITES, Case, suite
+from fasttree_cupy.checks import FLOAT8_DTYPES
 from fasttree_cupy.execution.device import gpu_problem
 
 __all__ = ["main"]
@@ -54,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about = machine.describe(PROGRAM, arguments, args.commit) | machine.describe_gpu()
     about |= {"bandwidth": rates.bandwidth, "matrix_rate": rates.matrix_rate, "matrix_rate_from": how}
     print(f"{about['gpu']}: reads {rates.bandwidth / 1e12:.2f} TB/s, {rates.matrix_rate / 1e12:.0f} TFLOP/s ({how})")
-    contestants = [make() for make in OWN] + [PEERS[name](args.fasttree_artifact) for name in args.peers]
+    contestants: list[Contestant] = [Planned()]
+    if not args.kv_dtype:
+        contestants = [make() for make in OWN] + [PEERS[name](args.fasttree_artifact) for name in args.peers]
     return run(args, contestants, gpu, rates, about)
 
 
@@ -69,6 +72,8 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     what.add_argument("--heads", nargs="+", type=heads, metavar="Q/KV", help="default: the suite's own, else 32/8")
     what.add_argument("--head-dim", type=int, default=128)
     what.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
+    kv_help = "K and V in float8, with a scale for each KV head; DecodePlan alone takes it"
+    what.add_argument("--kv-dtype", choices=FLOAT8_DTYPES, default="", help=kv_help)
     who = parser.add_argument_group("against whom")
     who.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="default: all; none: no peers")
     who.add_argument("--fasttree-artifact", type=Path, metavar="FOLDER", help="the artifact's kernel_bench folder")
@@ -108,11 +113,13 @@ def repeats(text: str) -> int:
 
 def chosen_cases(args: argparse.Namespace) -> list[Case]:
     """The cases that the command line names."""
-    cases = [case for name in args.suite for case in suite(name, args.heads, args.head_dim, args.dtype)]
+    cases = [case for name in args.suite for case in suite(name, args.heads, args.head_dim, args.dtype, args.kv_dtype)]
     for q, kv in args.heads or [DEFAULT_HEADS]:
         if args.levels is not None:
-            cases.append(Case("levels", args.levels, args.tokens, q, kv, args.head_dim, args.dtype))
-        cases += [Case("file", "", "", q, kv, args.head_dim, args.dtype, str(path)) for path in args.tree]
+            cases.append(Case("levels", args.levels, args.tokens, q, kv, args.head_dim, args.dtype, "", args.kv_dtype))
+        cases += [
+            Case("file", "", "", q, kv, args.head_dim, args.dtype, str(path), args.kv_dtype) for path in args.tree
+        ]
     return cases
 
 

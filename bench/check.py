@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bench import float8
 from bench.workloads import Workload
 
 __all__ = ["BOUNDS", "PEER_FACTOR", "Reference", "sample_requests"]
@@ -47,7 +48,10 @@ class Reference:
     def _attend(self, request: int) -> Any:
         work, xp = self.workload, self.workload.device.xp
         rows = xp.asarray(work.rows(work.paths[request]))
-        keys, values = (_widened(array[rows], xp) for array in (work.k, work.v))  # (tokens, kv heads, head_dim)
+        keys, values = (  # (tokens, kv heads, head_dim)
+            _widened(_taken(array, rows), xp) * (1 if scale is None else scale[:, None].astype(xp.float64))
+            for array, scale in ((work.k, work.k_scale), (work.v, work.v_scale))
+        )
         num_kv_heads, head_dim = keys.shape[1:]
         query = _widened(work.q[request], xp).reshape(num_kv_heads, -1, head_dim) * work.sm_scale
         heads = []
@@ -67,6 +71,14 @@ class Reference:
         difference = _widened(actual[xp.asarray(self.requests)], xp) - self.expected
         return float(xp.sqrt((difference**2).sum() / (self.expected**2).sum()))
 
+    def quantisation_error(self) -> float | None:
+        """Relative Frobenius error that float8 K and V bring; None where they are not float8."""
+        original = self.workload.original
+        if original is None:
+            return None
+        exact = Reference(original, self.requests).expected
+        return float(self.workload.device.xp.sqrt(((self.expected - exact) ** 2).sum() / (exact**2).sum()))
+
     def problem(self, output: Any, own: bool) -> tuple[float, str | None]:
         """The error, and what is wrong with the output; None where it is right."""
         bound = BOUNDS[self.workload.case.dtype] * (1 if own else PEER_FACTOR)
@@ -75,8 +87,15 @@ class Reference:
         return error, None if error <= bound else f"relative error {error:.2e}, expected at most {bound:.0e}"
 
 
+def _taken(array: Any, rows: Any) -> Any:
+    """Rows of an array; of a float8 one by its bytes, because CuPy does not index float8."""
+    return array[rows] if array.dtype.itemsize > 1 else array.view(np.uint8)[rows].view(array.dtype)
+
+
 def _widened(array: Any, xp: Any) -> Any:
-    """A float16 or bfloat16 array as float64."""
+    """An array of 16 or 8 bits an element as float64."""
+    if array.dtype.itemsize == 1:
+        return float8.widened(array, xp)
     if str(array.dtype) == "bfloat16":  # by its bits: not every CuPy casts it
         array = (array.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
     return array.astype(xp.float64)

@@ -101,7 +101,15 @@ class Planned(Contestant):
         output = workload.new_output()
 
         def call() -> Any:
-            return plan.run(workload.q, workload.k, workload.v, output, sm_scale=workload.sm_scale)
+            return plan.run(
+                workload.q,
+                workload.k,
+                workload.v,
+                output,
+                sm_scale=workload.sm_scale,
+                k_scale=workload.k_scale,
+                v_scale=workload.v_scale,
+            )
 
         return {"auto": Run(call, plan_ms, graph=True)}
 

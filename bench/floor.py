@@ -14,6 +14,7 @@ __all__ = ["H200", "LAUNCH_US", "Rates"]
 LAUNCH_US = 4.0
 """An empty launch between two events."""
 ELEMENT_BYTES = 2
+FLOAT8_BYTES = 1
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,9 @@ class Rates:
 
     def bytes_us(self, case: Case, tree: KVTree) -> float:
         """Microseconds to move every byte of K, V, Q and O once."""
-        kv = 2 * tree.unique_tokens * case.num_kv_heads
-        qo = 2 * tree.batch_size * case.num_qo_heads
-        return 1e6 * (kv + qo) * case.head_dim * ELEMENT_BYTES / self.bandwidth
+        kv = 2 * tree.unique_tokens * case.num_kv_heads * (FLOAT8_BYTES if case.kv_dtype else ELEMENT_BYTES)
+        qo = 2 * tree.batch_size * case.num_qo_heads * ELEMENT_BYTES
+        return 1e6 * (kv + qo) * case.head_dim / self.bandwidth
 
     def matrix_us(self, case: Case, tree: KVTree) -> float:
         """Microseconds for the two products with all tokens on all paths."""

@@ -54,7 +54,8 @@ def measure_case(
         if "variants" in result:
             variants = result["variants"]
             result["best"] = min(variants, key=lambda label: float(variants[label]["median_us"]))
-    return _describe(workload, rates) | {"checked_requests": len(reference.requests), "results": results}
+    described = _describe(workload, rates) | {"checked_requests": len(reference.requests)}
+    return described | {"quantisation_error": reference.quantisation_error(), "results": results}
 
 
 def _check(contestant: Contestant, workload: Workload, reference: Reference) -> tuple[Result, Mapping[str, Run]]:
@@ -105,6 +106,7 @@ def _describe(workload: Workload, rates: Rates) -> Result:
         "num_kv_heads": case.num_kv_heads,
         "head_dim": case.head_dim,
         "dtype": case.dtype,
+        "kv_dtype": case.kv_dtype or case.dtype,
         "batch": tree.batch_size,
         "nodes": tree.num_nodes,
         "unique_tokens": tree.unique_tokens,

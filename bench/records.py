@@ -42,8 +42,8 @@ def save(path: Path, document: dict[str, Any]) -> None:
 def key(case: Case | Row) -> tuple[Any, ...]:
     """What tells cases apart."""
     if isinstance(case, Case):
-        return case.suite, case.name, case.head_dim, case.dtype
-    return tuple(case[name] for name in KEY)
+        return case.suite, case.name, case.head_dim, case.dtype, case.kv_dtype or case.dtype
+    return *(case[name] for name in KEY), case.get("kv_dtype", case["dtype"])  # older files have no kv_dtype
 
 
 def is_complete(row: Row, contestants: Iterable[str]) -> bool:

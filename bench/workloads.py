@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from bench.float8 import quantise
 from fasttree_cupy.tree import KVTree
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ class Case:
     head_dim: int = 128
     dtype: str = "float16"
     tree_file: str = ""
+    kv_dtype: str = ""
+    """Of K and V where it is another one than `dtype`: a float8 type."""
 
     @property
     def tree_name(self) -> str:
@@ -102,7 +105,13 @@ class Case:
         return levels_tree(_integers(self.nodes_per_level), _integers(self.tokens_per_level))
 
 
-def suite(name: str, heads: Sequence[Heads] | None = None, head_dim: int = 128, dtype: str = "float16") -> list[Case]:
+def suite(
+    name: str,
+    heads: Sequence[Heads] | None = None,
+    head_dim: int = 128,
+    dtype: str = "float16",
+    kv_dtype: str = "",
+) -> list[Case]:
     """Return the cases of a named suite, head layout by head layout (the suite's own where `heads` is None).
 
     Raises
@@ -113,7 +122,7 @@ def suite(name: str, heads: Sequence[Heads] | None = None, head_dim: int = 128, 
     if name not in SUITES:
         raise ValueError(f"suite is {name!r}, expected one of {', '.join(SUITES)}")
     trees, layouts = SUITES[name]
-    return [Case(name, n, t, q, kv, head_dim, dtype) for q, kv in heads or layouts for n, t in trees]
+    return [Case(name, n, t, q, kv, head_dim, dtype, kv_dtype=kv_dtype) for q, kv in heads or layouts for n, t in trees]
 
 
 def levels_tree(nodes_per_level: Sequence[int], tokens_per_level: Sequence[int]) -> KVTree:
@@ -134,6 +143,10 @@ class Workload:
     ----------
     q : (batch_size, num_qo_heads, head_dim)
     k, v : (unique_tokens, num_kv_heads, head_dim)
+    k_scale, v_scale : (num_kv_heads,) or None
+        Factors of float8 K and V.
+    original : Workload or None
+        The one that float8 K and V were quantised from.
     """
 
     case: Case
@@ -142,6 +155,9 @@ class Workload:
     q: Any
     k: Any
     v: Any
+    k_scale: Any = None
+    v_scale: Any = None
+    original: Workload | None = None
 
     @property
     def sm_scale(self) -> float:
@@ -180,12 +196,16 @@ class Workload:
 
 
 def make_workload(case: Case, device: Device, seed: int = 0) -> Workload:
-    """Build a case's tree, and normal Q, K and V on the device."""
+    """Build a case's tree, and normal Q, K and V on the device; float8 K and V are quantised from them."""
     tree = case.tree()
     kv_shape = (tree.unique_tokens, case.num_kv_heads, case.head_dim)
     shapes = ((tree.batch_size, case.num_qo_heads, case.head_dim), kv_shape, kv_shape)
     q, k, v = (device.normal(shape, case.dtype, 3 * seed + i) for i, shape in enumerate(shapes))
-    return Workload(case, tree, device, q, k, v)
+    workload = Workload(case, tree, device, q, k, v)
+    if not case.kv_dtype:
+        return workload
+    (k, k_scale), (v, v_scale) = (quantise(array, case.kv_dtype, device.xp) for array in (k, v))
+    return Workload(case, tree, device, q, k, v, k_scale, v_scale, workload)
 
 
 def _integers(text: str) -> list[int]:

@@ -15,10 +15,11 @@ stage1_plain(const __grid_constant__ Stage1Params p) {
     const int lane = threadIdx.x % kWarpSize;
     const bool active = lane < kHeadDim;  // head_dim 16 leaves half a warp idle
     const VnodeView vnode(p, p.first_vnode + blockIdx.x, blockIdx.y);
-    const ScoreScale to_score{p.sm_scale, p.logit_cap};
+    const ScoreScale to_score{p.sm_scale * key_scale(p, vnode.kv_head), p.logit_cap};
+    const float v_scale = value_scale(p, vnode.kv_head);
     const int* entries = p.vnode_to_kv_entries + vnode.kv_off;
-    const u16* k = p.k + vnode.kv_head * p.k_stride_head + lane;
-    const u16* v = p.v + vnode.kv_head * p.v_stride_head + lane;
+    const KVBits* k = p.k + vnode.kv_head * p.k_stride_head + lane;
+    const KVBits* v = p.v + vnode.kv_head * p.v_stride_head + lane;
 
     const int first_row = blockIdx.z * kWarps + threadIdx.x / kWarpSize;
     for (int row = first_row; row < vnode.num_rows; row += gridDim.z * kWarps) {
@@ -42,8 +43,8 @@ stage1_plain(const __grid_constant__ Stage1Params p) {
 #pragma unroll
                 for (int i = 0; i < kLaneDims; ++i) {
                     const bool load = valid && active;
-                    dot += load ? q[i] * Element::to_float(k[entry * p.k_stride_token + i * kWarpSize]) : 0.0f;
-                    value[t][i] = load ? Element::to_float(v[entry * p.v_stride_token + i * kWarpSize]) : 0.0f;
+                    dot += load ? q[i] * KVElement::to_float(k[entry * p.k_stride_token + i * kWarpSize]) : 0.0f;
+                    value[t][i] = load ? KVElement::to_float(v[entry * p.v_stride_token + i * kWarpSize]) : 0.0f;
                 }
 #pragma unroll
                 for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
@@ -68,7 +69,7 @@ stage1_plain(const __grid_constant__ Stage1Params p) {
         if (lane == 0) p.mid_lse[partial] = state.natural_lse();
 #pragma unroll
         for (int i = 0; i < kLaneDims; ++i) {
-            if (active) p.mid_o[partial * kHeadDim + lane + i * kWarpSize] = o[i] * state.normaliser();
+            if (active) p.mid_o[partial * kHeadDim + lane + i * kWarpSize] = o[i] * state.normaliser() * v_scale;
         }
     }
 }

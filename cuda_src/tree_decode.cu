@@ -65,14 +65,14 @@ struct TileCursor {
 
 // The item's inputs, for one KV head.
 struct Operands {
-    const u16* k;
-    const u16* v;
+    const KVBits* k;
+    const KVBits* v;
     int k_stride, v_stride;
     ScoreScale to_score;
 
     __device__ __forceinline__ Operands(const TreeDecodeParams& p, int kv_head)
         : k(p.k + kv_head * p.k_stride_head), v(p.v + kv_head * p.v_stride_head), k_stride(int(p.k_stride_token)),
-          v_stride(int(p.v_stride_token)), to_score{p.sm_scale, p.logit_cap} {}
+          v_stride(int(p.v_stride_token)), to_score{p.sm_scale * key_scale(p, kv_head), p.logit_cap} {}
 
     // Starts the copy of the warp's share of a tile: 16 tokens from token `first` of the tile on.
     __device__ __forceinline__ void gather(const TileCursor& cursor, u32 k_share, u32 v_share, int first,
@@ -156,8 +156,10 @@ __device__ __forceinline__ void attend_list(WarpRows& rows, const Operands& oper
     sync();  // the ring is free
 }
 
-// Merges the token groups' softmax states: afterwards outputs are on one scale and normalised, `lse` is the rows'.
-__device__ __forceinline__ void merge_states(WarpRows& rows, float (&lse)[2], Float2* exchange, const WarpRole& role) {
+// Merges the token groups' softmax states: afterwards outputs are on one scale, normalised and multiplied by
+// `value_scale`; `lse` is the rows'.
+__device__ __forceinline__ void merge_states(WarpRows& rows, float (&lse)[2], Float2* exchange, const WarpRole& role,
+                                             float value_scale) {
     const int num_rows = role.row_warps * 16;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -177,7 +179,7 @@ __device__ __forceinline__ void merge_states(WarpRows& rows, float (&lse)[2], Fl
             const Float2 part = exchange[g * num_rows + row];
             total.l += part.y * total.weight(part.x);
         }
-        factor[half] = total.weight(rows.state[half].m) * total.normaliser();
+        factor[half] = total.weight(rows.state[half].m) * total.normaliser() * value_scale;
         lse[half] = total.natural_lse();
     }
 #pragma unroll
@@ -274,7 +276,7 @@ tree_decode(const __grid_constant__ TreeDecodeParams p) {
     __syncthreads();  // the rings of all warps are free
     float* outputs = reinterpret_cast<float*>(shared);
     float lse[2];
-    merge_states(rows, lse, reinterpret_cast<Float2*>(shared + kOutputBytes), role);
+    merge_states(rows, lse, reinterpret_cast<Float2*>(shared + kOutputBytes), role, value_scale(p, kv_head));
     stage_outputs(rows, outputs, role);
     __syncthreads();
     write_outputs(outputs, p, item, kv_head, role);

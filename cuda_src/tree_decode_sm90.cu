@@ -7,14 +7,21 @@
 #include "worker_consumer.cuh"
 #include "worker_producer.cuh"
 
+#if defined(FT_KV_ELEMENT)
+#include "worker_float8.cuh"
+using ProducerWarp = Float8Producer;
+#else
+using ProducerWarp = Producer;
+#endif
+
 extern "C" __global__ void __launch_bounds__(kThreads, 1) tree_decode_sm90(const __grid_constant__ WorkParams p) {
     extern __shared__ __align__(1024) unsigned char memory[];
     Shared& s = *reinterpret_cast<Shared*>(memory);
     if (threadIdx.x == 0) {
         prefetch_item(p.items + blockIdx.x);
-        // A thread arrives when its copies are there; for what warps store beside the keys, they arrive once more.
-        for (Barrier& barrier : s.k_full) barrier_init(barrier, kProducerWarps * (kWarpSize + 1));
-        for (Barrier& barrier : s.v_full) barrier_init(barrier, kProducerWarps * kWarpSize);
+        for (Barrier& barrier : s.k_full) barrier_init(barrier, ProducerWarp::kKeyArrivals);
+        for (Barrier& barrier : s.v_full) barrier_init(barrier, ProducerWarp::kValueArrivals);
+        for (Barrier& barrier : s.q_full) barrier_init(barrier, kProducerWarps * kWarpSize);
         for (Barrier& barrier : s.k_empty) barrier_init(barrier, kConsumerWarps / kTokenGroups);
         for (Barrier& barrier : s.v_empty) barrier_init(barrier, kConsumerWarps / kTokenGroups);
         for (Barrier& barrier : s.q_empty) barrier_init(barrier, kConsumerWarps);
@@ -26,6 +33,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) tree_decode_sm90(const
         Consumer(p, s).run();
     } else {
         if (kTileTokens > 64) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
-        Producer(p, s).run();
+        ProducerWarp(p, s).run();
     }
 }

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from fasttree_cupy.execution.arrays import ArrayView
-from fasttree_cupy.execution.kernels import HEAD_DIMS
+from fasttree_cupy.execution.arrays import DTYPES, ArrayView
+from fasttree_cupy.execution.kernels import FLOAT8_NAMES, HEAD_DIMS
+from fasttree_cupy.execution.plan_memory import WORKSPACE_ALIGNMENT
 from fasttree_cupy.params import checked_int
 
 __all__ = [
     "ELEMENT_DTYPES",
+    "FLOAT8_DTYPES",
     "check_element_array",
     "check_inputs",
     "check_output",
     "check_same",
+    "check_workspace",
     "check_writable",
     "checked_cap",
     "checked_float",
@@ -24,6 +27,7 @@ __all__ = [
 ]
 
 ELEMENT_DTYPES = ("float16", "bfloat16")
+FLOAT8_DTYPES = tuple(FLOAT8_NAMES)
 FLOAT32_TINY, FLOAT32_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 """The smallest normal number and the largest: the kernels compute in float32."""
 
@@ -57,12 +61,16 @@ def checked_head_dim(value: object) -> int:
     return head_dim
 
 
-def check_inputs(views: Mapping[str, ArrayView]) -> None:
-    """Check Q, K and V, given in this order by their arguments' names, against one another."""
+def check_inputs(views: Mapping[str, ArrayView], float8: bool = False) -> None:
+    """Check Q, K and V, given in this order by their arguments' names, against one another.
+
+    `float8` says whether K and V may also be of a float8 type, both of the same.
+    """
     (q_name, q), (k_name, k), (v_name, v) = views.items()
-    for name, view in views.items():
-        check_element_array(name, view)
-        check_same(name, "dtype", view.dtype, q.dtype)
+    check_element_array(q_name, q)
+    for name, view in ((k_name, k), (v_name, v)):
+        check_element_array(name, view, (*ELEMENT_DTYPES, *FLOAT8_DTYPES) if float8 else ELEMENT_DTYPES)
+        check_same(name, "dtype", view.dtype, k.dtype if k.dtype in FLOAT8_DTYPES else q.dtype)
         check_same(name, "device", view.device, q.device)
     if q.shape[2] not in HEAD_DIMS:
         raise ValueError(f"{q_name} has head_dim {q.shape[2]}, expected one of {', '.join(map(str, HEAD_DIMS))}")
@@ -85,10 +93,10 @@ def check_output(o: ArrayView, q: ArrayView, name: str = "o") -> None:
         raise ValueError(f"{name} has strides {o.strides} in elements, expected no two elements in one place")
 
 
-def check_element_array(name: str, view: ArrayView) -> None:
+def check_element_array(name: str, view: ArrayView, dtypes: Sequence[str] = ELEMENT_DTYPES) -> None:
     """Check what Q, K, V and O have in common."""
-    if view.dtype not in ELEMENT_DTYPES:
-        raise TypeError(f"{name} has dtype {view.dtype}, expected {' or '.join(ELEMENT_DTYPES)}")
+    if view.dtype not in dtypes:
+        raise TypeError(f"{name} has dtype {view.dtype}, expected {' or '.join(dtypes)}")
     if len(view.shape) != 3:
         raise ValueError(f"{name} has shape {view.shape}, expected three dimensions: rows, heads, head_dim")
     if view.shape[2] > 1 and view.strides[2] != 1 and 0 not in view.shape:
@@ -109,6 +117,20 @@ def check_writable(name: str, view: ArrayView) -> None:
     if view.framework == "jax":
         raise TypeError(f"{name} is a JAX array, which cannot be written, expected None to get a new one")
     raise ValueError(f"{name} is read-only, expected an array that can be written")
+
+
+def check_workspace(view: ArrayView, num_bytes: int) -> None:
+    """Check a caller's buffer for a workspace of so many bytes."""
+    check_writable("workspace", view)
+    if not is_contiguous(view):
+        raise ValueError(f"workspace has strides {view.strides} in elements, expected a contiguous array")
+    size = math.prod(view.shape) * DTYPES[view.dtype].itemsize
+    if size < num_bytes:
+        raise ValueError(f"workspace has {size} bytes, expected {num_bytes} at least, the plan's workspace_bytes")
+    if num_bytes and view.pointer % WORKSPACE_ALIGNMENT:
+        raise ValueError(
+            f"workspace starts at address {view.pointer:#x}, expected a multiple of {WORKSPACE_ALIGNMENT} bytes"
+        )
 
 
 def is_contiguous(view: ArrayView) -> bool:

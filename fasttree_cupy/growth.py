@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,9 @@ import numpy.typing as npt
 from fasttree_cupy.capacity import Capacity
 from fasttree_cupy.execution import cuda, streams
 from fasttree_cupy.execution.growing import GrowingSchedule
+from fasttree_cupy.execution.plan_memory import PlanMemory
 from fasttree_cupy.execution.schedule import BalancedSchedule, Schedule
+from fasttree_cupy.execution.turns import Turns
 from fasttree_cupy.integers import host_array, int_vector
 from fasttree_cupy.planning.growing import GrowingPlan
 from fasttree_cupy.planning.growing_tree import GrowingTree
@@ -35,6 +36,7 @@ def grow(
     layout: tuple[int, int, int],
     device: str,
     make: MakeSchedule,
+    turns: Turns,
 ) -> Growth:
     """A tree that can grow and what runs it.
 
@@ -47,15 +49,17 @@ def grow(
     make : callable
         Makes a schedule of a tree, the rows of its tokens and the slots of its requests, where schedules do not follow
         changes.
+    turns : Turns
+        Of the plan's runs.
     """
     rows = np.arange(tree.unique_tokens, dtype=np.int32) if kv_indices is None else kv_indices
     growing = GrowingTree(tree, rows, capacity)
     heads, kv_heads, head_dim = layout
     if device == "cpu" or BalancedSchedule.problem(device, heads // kv_heads, head_dim) is not None:
-        return Growth(growing, device, make)
+        return Growth(growing, device, make, turns)
     workers = cuda.multiprocessors(int(device.removeprefix("cuda:")))
     plan = GrowingPlan(growing, heads // kv_heads, kv_heads, head_dim, workers, H200_WORKERS)
-    return Growth(growing, device, make, GrowingSchedule(plan, head_dim, device))
+    return Growth(growing, device, make, turns, GrowingSchedule(plan, head_dim, device))
 
 
 class Growth:
@@ -69,14 +73,25 @@ class Growth:
     """
 
     def __init__(
-        self, tree: GrowingTree, device: str, make: MakeSchedule, following: GrowingSchedule | None = None
+        self,
+        tree: GrowingTree,
+        device: str,
+        make: MakeSchedule,
+        turns: Turns,
+        following: GrowingSchedule | None = None,
     ) -> None:
         self.tree = tree
         self.framework = "cupy"
         self._device = None if device == "cpu" else int(device.removeprefix("cuda:"))
         self._make = make
+        self._turns = turns
         self._following = following
         self._made: Schedule | None = following
+
+    @property
+    def follows(self) -> bool:
+        """Whether the schedule follows changes; else each change makes another one necessary."""
+        return self._following is not None
 
     def schedule(self) -> Schedule:
         """What runs the tree as it stands; made here where it does not follow changes."""
@@ -84,7 +99,7 @@ class Growth:
             self._made = self._make(*self.tree.snapshot(), self.tree.live)
         return self._made
 
-    def append(self, rows: Any, requests: Any, stream: Any) -> int:
+    def append(self, rows: Any, requests: Any, stream: Any, memory: PlanMemory) -> int:
         """See `DecodePlan.append`; returns the highest new row, -1 where there is none."""
         slots = self.tree.live if requests is None else self._slots(requests, once=True)
         added, most = checked_new_rows(rows, len(slots))
@@ -99,10 +114,10 @@ class Growth:
             self.tree.append(slots, added)
             return self._following is not None and self._following.plan.append(slots, added)
 
-        self._follow(change, stream)
+        self._follow(change, stream, memory)
         return most
 
-    def fork(self, requests: Any, stream: Any) -> Int32Array:
+    def fork(self, requests: Any, stream: Any, memory: PlanMemory) -> Int32Array:
         """See `DecodePlan.fork`."""
         parents = self._slots(requests, once=False)
         free = self.tree.capacity.requests - len(self.tree.live)
@@ -117,10 +132,10 @@ class Growth:
             made[:] = self.tree.fork(parents)
             return self._following is not None and self._following.plan.fork(parents, made)
 
-        self._follow(change, stream)
+        self._follow(change, stream, memory)
         return made
 
-    def finish(self, requests: Any, stream: Any) -> None:
+    def finish(self, requests: Any, stream: Any, memory: PlanMemory) -> None:
         """See `DecodePlan.finish`."""
         slots = self._slots(requests, once=True)
         if len(slots) == len(self.tree.live):
@@ -130,23 +145,26 @@ class Growth:
             self.tree.finish(slots)
             return self._following is not None and self._following.plan.finish(slots)
 
-        self._follow(change, stream)
+        self._follow(change, stream, memory)
 
-    def _follow(self, change: Callable[[], bool], stream: Any) -> None:
-        """Change the tree, and let the schedule follow on a stream."""
+    def _follow(self, change: Callable[[], bool], stream: Any, memory: PlanMemory) -> None:
+        """Change the tree, and let what lies in the plan's memory follow on a stream, in turn with runs."""
         if self._device is None and stream is not None:
             raise ValueError(f"stream is {stream!r}, but the plan's device is the CPU, expected stream left out")
-        with nullcontext() if self._device is None else streams.use_device(self._device):
-            if self._following is None or self._device is None:
+        if self._following is None or self._device is None:
+            with self._turns.lock:
                 change()
                 self._made = None
-                return
-            handle = streams.stream_handle(stream, self.framework, self._device)
-            if streams.is_capturing(handle):
+            return
+        with streams.use_device(self._device):
+            work = streams.WorkStream(streams.stream_handle(stream, self.framework, self._device), self._device)
+            if work.is_capturing:
                 raise ValueError("stream is being captured, expected changes of the tree between a graph's replays")
-            work = streams.WorkStream(handle, self._device)
-            self._following.follow(change(), work)
-            work.keep_borrowed((), own=self._following)
+            with self._turns.lock:
+                self._turns.wait(work)
+                self._following.follow(change(), memory, work)
+                self._turns.end(work)
+            work.keep_borrowed((memory.workspace,) if memory.borrowed else (), memory, memory.home)
 
     def _slots(self, requests: Any, once: bool) -> Int32Array:
         """`requests` as int32, live slots; each named once if so asked."""

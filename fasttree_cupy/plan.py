@@ -11,17 +11,28 @@ import numpy as np
 import numpy.typing as npt
 
 from fasttree_cupy.capacity import Capacity, checked_capacity
-from fasttree_cupy.checks import check_inputs, check_output, check_same, checked_cap, checked_float, checked_head_dim
+from fasttree_cupy.checks import (
+    check_inputs,
+    check_output,
+    check_same,
+    check_workspace,
+    checked_cap,
+    checked_float,
+    checked_head_dim,
+)
 from fasttree_cupy.execution import arrays, cuda, streams
 from fasttree_cupy.execution.arrays import ArrayView
 from fasttree_cupy.execution.device import resolve_device
 from fasttree_cupy.execution.operands import Operands
+from fasttree_cupy.execution.plan_memory import PlanMemory
 from fasttree_cupy.execution.schedule import BalancedSchedule, HeuristicSchedule, Schedule, SubtreeSchedule
+from fasttree_cupy.execution.turns import Turns
 from fasttree_cupy.growth import MOST_ROWS, Growth, grow
 from fasttree_cupy.integers import int_vector
 from fasttree_cupy.params import FastTreeParams, checked_heads, preset
 from fasttree_cupy.planning import balanced, greedy, subtree
 from fasttree_cupy.planning.machine import H200_WORKERS, machine_of
+from fasttree_cupy.scales import checked_scale
 from fasttree_cupy.tree import KVTree, KVTreeNode, as_tree
 
 __all__ = ["DecodePlan", "plan_decode"]
@@ -36,6 +47,7 @@ def plan_decode(
     kv_indices: Any = None,
     device: str | None = None,
     capacity: Capacity | None = None,
+    place: bool = True,
 ) -> DecodePlan:
     """Plan the decoding of a tree.
 
@@ -54,11 +66,14 @@ def plan_decode(
         "cpu", "cuda" or "cuda:<n>"; by default the GPU where one is usable, else the CPU.
     capacity : Capacity, optional
         Makes a plan whose tree can grow up to it: see `DecodePlan.append`, `fork` and `finish`.
+    place : bool
+        Whether to place the plan on the device, in memory of its own. Else nothing is allocated there: the plan knows
+        what it needs, and `DecodePlan.place` takes the caller's workspace.
 
     Returns
     -------
     DecodePlan
-        Owns its arrays and its workspace on the device.
+        Ready to `run` where it was placed.
 
     Raises
     ------
@@ -69,7 +84,11 @@ def plan_decode(
     heads, kv_heads = checked_heads(num_qo_heads, num_kv_heads)
     head_dim = checked_head_dim(head_dim)
     room = None if capacity is None else checked_capacity(capacity, tree)
-    return DecodePlan(tree, heads, kv_heads, head_dim, resolve_device(device), checked_rows(kv_indices, tree), room)
+    rows = checked_rows(kv_indices, tree)
+    plan = DecodePlan(tree, heads, kv_heads, head_dim, resolve_device(device), rows, room)
+    if place:
+        plan.place()
+    return plan
 
 
 class DecodePlan:
@@ -88,8 +107,10 @@ class DecodePlan:
         "cpu" or "cuda:<n>".
     schedule : Schedule
         What runs: printable, with its tile sizes and counts.
-    workspace_bytes : int
-        Bytes of the workspace for partial outputs.
+    workspace_bytes, schedule_bytes : int
+        Bytes of device memory that runs write to, and of the index arrays that they read. Nothing else is allocated.
+    memory : PlanMemory or None
+        Where these lie; None before the plan is placed.
 
     Notes
     -----
@@ -98,11 +119,16 @@ class DecodePlan:
     Rows of slots that are free are neither read nor written: in an output that `run` makes they hold anything. The
     tree's requests have slots 0, 1, ... at first.
 
-    On compute capability 9.0 such a plan's arrays on the GPU keep their places and sizes and are edited there, in the
-    order of the stream: a CUDA graph of `run` stays right through every change between its replays. On other devices
-    the tree is planned anew by the next `run` after a change, so that graphs must be captured anew too.
+    On compute capability 9.0 such a plan's memory keeps its place and size, and its arrays are edited there: a CUDA
+    graph of `run` stays right through every change between its replays. On other devices the tree is planned and placed
+    anew by the next `run` after a change, so that graphs must be captured anew too, and `workspace_bytes` and
+    `schedule_bytes` are those of the last time.
 
-    Nothing but `run` and changes of the tree writes to the plan's memory: two of them must not overlap.
+    Runs of one plan may come from several threads and on several streams. As they share its workspace, each waits on
+    the GPU for the one before it, unless the plan needs none. Changes of the tree take their turns among them, and come
+    from one thread at a time. The replays of a CUDA graph that captured a run are the caller's to order, among each
+    other and with runs and changes. Two plans share nothing.
+
     On a GPU a tile holds several requests, and what a request must not see is weighted by 0: an infinity or NaN in V
     then reaches the other requests of its tile.
     """
@@ -124,24 +150,74 @@ class DecodePlan:
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.device = device
+        kind, _, index = device.partition(":")
+        self._place = (kind, int(index or 0))
+        self.memory: PlanMemory | None = None
+        self._turns = Turns()
+        self._checked_inputs: tuple[Any, ...] = ()
+        self._checked_output: tuple[Any, ...] = ()
         make = partial(make_schedule, num_qo_heads, num_kv_heads, head_dim, device)
         self._growth: Growth | None = None
         if capacity is None:
             self.schedule: Schedule = make(tree, kv_indices)
         else:
-            grown = grow(tree, kv_indices, capacity, (num_qo_heads, num_kv_heads, head_dim), device, make)
-            self._growth, self.schedule = grown, grown.schedule()
+            layout = (num_qo_heads, num_kv_heads, head_dim)
+            self._growth = grow(tree, kv_indices, capacity, layout, device, make, self._turns)
+            self.schedule = self._growth.schedule()
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes of the workspace for partial outputs."""
-        return self.schedule.workspace_bytes
+        """Bytes of device memory that runs write to."""
+        return self.schedule.needs.workspace_bytes
+
+    @property
+    def schedule_bytes(self) -> int:
+        """Bytes of the index arrays that runs read."""
+        return self.schedule.needs.schedule_bytes
 
     def __repr__(self) -> str:
         return (
             f"DecodePlan({self.batch_size} requests, {self.num_tokens} tokens, heads {self.num_qo_heads}/"
             f"{self.num_kv_heads}, head_dim {self.head_dim}, {self.device}: {self.schedule})"
         )
+
+    def place(self, workspace: Any = None) -> None:
+        """Place the plan on its device: copy the index arrays there, and make a workspace ready.
+
+        Parameters
+        ----------
+        workspace : array of any known dtype, at least `workspace_bytes` long, optional
+            The caller's contiguous buffer, on the plan's device, from a multiple of 16 bytes on. What it holds does not
+            matter. Until the last run is done it is the plan's alone; where another plan was given it meanwhile, place
+            anew. By default a new one is allocated. Where a plan that grows is planned anew after a change, its
+            workspace is not the same for long: there none can be given.
+
+        Raises
+        ------
+        TypeError, ValueError
+            The workspace does not serve; the message says why, and nothing was written.
+        """
+        kind, index = self._place
+        framework = "cupy"
+        if workspace is not None:
+            if self._growth is not None and not self._growth.follows:
+                raise ValueError(
+                    f"workspace is given, but a plan that grows on {self.device} needs another one after a change, "
+                    "expected workspace left out"
+                )
+            check_same("workspace", "device", arrays.device_of("workspace", workspace), self._place)
+            framework = arrays.framework_of(workspace)
+        with nullcontext() if kind == "cpu" else streams.use_device(index):
+            work = None if kind == "cpu" else streams.WorkStream(streams.current_stream(framework, index), index)
+            space = None if workspace is None else arrays.view("workspace", workspace, work)
+            if space is not None:
+                check_workspace(space, self.workspace_bytes)
+            with self._turns.lock:
+                if work is not None:
+                    self._turns.wait(work)
+                self.memory = self.schedule.needs.place(space, work)
+                if work is not None:
+                    self._turns.end(work)
 
     def run(
         self,
@@ -154,6 +230,8 @@ class DecodePlan:
         logit_cap: float = -1,
         return_lse: bool = False,
         stream: Any = None,
+        k_scale: Any = None,
+        v_scale: Any = None,
     ) -> Any:
         """Attend every request to the tokens on its path.
 
@@ -162,9 +240,10 @@ class DecodePlan:
         q : array, float16 or bfloat16, shape (batch_size, num_qo_heads, head_dim)
             One query a request, on the plan's device, from NumPy, CuPy, torch, JAX or any library with
             ``__dlpack__``. The last axis is contiguous, here and below; on a GPU rows start at multiples of 16 bytes.
-        k, v : array, dtype of q, shape (num_tokens, num_kv_heads, head_dim)
+        k, v : array, dtype of q or float8, shape (num_tokens, num_kv_heads, head_dim)
             Node i's tokens in rows ``tree.kv_ptrs[i]`` to ``tree.kv_ptrs[i + 1]``, or in the rows that the plan's
-            ``kv_indices`` said, of a pool of any size.
+            ``kv_indices`` said, of a pool of any size. Float8 is float8_e4m3fn or float8_e5m2 (OCP OFP8), both arrays
+            of the same.
         out : array, dtype and shape of q, optional
             Written in place. By default a new array of q's framework is returned.
         sm_scale : float, optional
@@ -177,6 +256,9 @@ class DecodePlan:
             CUDA stream to work on; by default the caller's current one: torch's for torch tensors, else CuPy's. Another
             one first waits for the current one; that the current one waits for it before it uses the output is the
             caller's part.
+        k_scale, v_scale : float or float32 array of shape (num_kv_heads,), optional
+            Positive factors of float8 K and V, by default 1: the keys are ``k_scale * k``. An array holds one factor
+            for each KV head and lies on the plan's device.
 
         Returns
         -------
@@ -190,33 +272,37 @@ class DecodePlan:
         ------
         TypeError, ValueError
             An argument is wrong or does not fit the plan; the message names it, and nothing was written.
+        RuntimeError
+            The plan was made with ``place=False`` and is not placed yet.
         """
         scale = self.head_dim**-0.5 if sm_scale is None else checked_float(sm_scale, "sm_scale")
         cap = checked_cap(logit_cap)
-        kind, _, index = self.device.partition(":")
-        place = (kind, int(index or 0))
-        check_same("q", "device", arrays.device_of("q", q), place)
+        kind, index = self._place
+        check_same("q", "device", arrays.device_of("q", q), self._place)
         if kind == "cpu" and stream is not None:
             raise ValueError(f"stream is {stream!r}, but q lies on the CPU, expected stream left out")
-        if self._growth is not None:
-            self.schedule = self._growth.schedule()
-        with nullcontext() if kind == "cpu" else streams.use_device(place[1]):
+        with nullcontext() if kind == "cpu" else streams.use_device(index):
             work = None
             if kind == "cuda":
                 framework = arrays.framework_of(q)
                 if self._growth is not None:
                     self._growth.framework = framework
-                work = streams.WorkStream(streams.stream_handle(stream, framework, place[1]), place[1])
-            q_view, k_view, v_view = (arrays.view(name, array, work) for name, array in (("q", q), ("k", k), ("v", v)))
+                work = streams.WorkStream(streams.stream_handle(stream, framework, index), index)
+            q_view, k_view, v_view = arrays.view("q", q, work), arrays.view("k", k, work), arrays.view("v", v, work)
             self._check(q_view, k_view, v_view)
+            k_factor = checked_scale("k_scale", k_scale, k_view, work)
+            v_factor = checked_scale("v_scale", v_scale, v_view, work)
+            if isinstance(k_factor, float):
+                checked_float(scale * k_factor, "sm_scale times k_scale")
             result = arrays.empty(q_view.shape, q_view.dtype, q_view) if out is None else out
             o_view = arrays.view("out", result, work)
-            check_output(o_view, q_view, "out")
+            if out is not None:
+                self._check_output(o_view, q_view)
             lse = arrays.empty(q_view.shape[:2], "float32", q_view) if return_lse else None
             lse_view = None if lse is None else arrays.view("lse", lse, work)
-            self.schedule.run(Operands(q_view, k_view, v_view, o_view, scale, cap, lse_view), work)
-            if work is not None:
-                work.keep_borrowed((q_view, k_view, v_view, o_view), own=self.schedule)
+            self._queue(Operands(q_view, k_view, v_view, o_view, scale, cap, lse_view, k_factor, v_factor), work)
+            if out is not None and lse is None:
+                return out
             with nullcontext() if work is None else work.launches():
                 made = out if out is not None else arrays.hand_back(result, q_view)
                 return made if lse is None else (made, arrays.hand_back(lse, q_view))
@@ -247,17 +333,20 @@ class DecodePlan:
             Slots of the requests, each named once; by default all of `live`.
         stream : int, CuPy stream, object with ``__cuda_stream__`` or ``cuda_stream``, optional
             CUDA stream on which to edit the plan's arrays; by default the current one of CuPy, or of torch where the
-            plan has last run on its tensors. A later run on another stream waits for it. That it comes after runs on
-            other streams, or before a graph's replay there, is the caller's part.
+            plan has last run on its tensors.
 
         Raises
         ------
         TypeError, ValueError
             The plan was made without a capacity or its capacity is exceeded, an argument is wrong, or the stream is
             being captured. Nothing has changed.
+        RuntimeError
+            The plan was made with ``place=False`` and is not placed yet.
         """
-        most = self._growing().append(rows, requests, stream)
-        self.num_tokens = max(self.num_tokens, most + 1)
+        most = self._growing().append(rows, requests, stream, self._placed())
+        if most >= self.num_tokens:
+            self.num_tokens = most + 1
+            self._checked_inputs = ()
 
     def fork(self, requests: Any, *, stream: Any = None) -> npt.NDArray[np.int32]:
         """Make requests that share every token so far of their parents; what is appended later is each one's own.
@@ -277,10 +366,10 @@ class DecodePlan:
 
         Raises
         ------
-        TypeError, ValueError
+        TypeError, ValueError, RuntimeError
             See `append`.
         """
-        return self._growing().fork(requests, stream)
+        return self._growing().fork(requests, stream, self._placed())
 
     def finish(self, requests: Any, *, stream: Any = None) -> None:
         """End requests: their slots are free for later forks, and what no other request has is not read any more.
@@ -294,25 +383,73 @@ class DecodePlan:
 
         Raises
         ------
-        TypeError, ValueError
+        TypeError, ValueError, RuntimeError
             See `append`.
         """
-        self._growing().finish(requests, stream)
+        self._growing().finish(requests, stream, self._placed())
 
     def _growing(self) -> Growth:
         if self._growth is None:
             raise ValueError("the plan's tree cannot grow, expected a plan made by plan_decode(..., capacity=...)")
         return self._growth
 
+    def _ready(self, work: streams.WorkStream | None) -> tuple[Schedule, PlanMemory]:
+        """What runs the tree as it stands, and its memory; made here where the schedule does not follow changes."""
+        memory = self._placed()
+        if self._growth is None:
+            return self.schedule, memory
+        with self._turns.lock:
+            schedule = self._growth.schedule()
+            if schedule is not self.schedule:
+                self.schedule, self.memory = schedule, schedule.needs.place(None, work)
+            return schedule, self._placed()
+
+    def _placed(self) -> PlanMemory:
+        if self.memory is None:
+            raise RuntimeError("the plan was made with place=False, expected a call of place first")
+        return self.memory
+
+    def _queue(self, operands: Operands, work: streams.WorkStream | None) -> None:
+        """Run the schedule on checked arrays, in turn with the plan's other runs and changes."""
+        schedule, memory = self._ready(work)
+        if work is None:
+            schedule.run(operands, memory, None)
+            return
+        if schedule.needs.workspace_bytes == 0:
+            schedule.run(operands, memory, work)
+        else:
+            with self._turns.lock:
+                self._turns.wait(work)
+                schedule.run(operands, memory, work)
+                self._turns.end(work)
+        borrowed = operands.views()
+        work.keep_borrowed((*borrowed, memory.workspace) if memory.borrowed else borrowed, memory, memory.home)
+
     def _check(self, q: ArrayView, k: ArrayView, v: ArrayView) -> None:
-        """Check the inputs against one another and against the plan."""
-        check_inputs({"q": q, "k": k, "v": v})
+        """Check the inputs against one another and against the plan, unless the last run's were like them."""
+        inputs = (layout_of(q), layout_of(k), layout_of(v))
+        if inputs == self._checked_inputs:
+            return
+        check_inputs({"q": q, "k": k, "v": v}, float8=True)
         check_same("q", "shape", q.shape, (self.batch_size, self.num_qo_heads, self.head_dim))
         if self.from_pool and k.shape[0] < self.num_tokens:
             raise ValueError(f"k has {k.shape[0]} rows, expected {self.num_tokens} at least, as kv_indices asks for")
         rows = k.shape[0] if self.from_pool else self.num_tokens
         check_same("k", "shape", k.shape, (rows, self.num_kv_heads, self.head_dim))
         self.schedule.check(q, k, v)
+        self._checked_inputs = inputs
+
+    def _check_output(self, out: ArrayView, q: ArrayView) -> None:
+        """Check the caller's output against the queries, unless the last run's were like them."""
+        layouts = (layout_of(out), layout_of(q))
+        if layouts != self._checked_output:
+            check_output(out, q, "out")
+            self._checked_output = layouts
+
+
+def layout_of(view: ArrayView) -> tuple[Any, ...]:
+    """What of an array checks depend on: all but its owner, and the address but for its alignment."""
+    return (view.pointer % cuda.VECTOR_BYTES, *view[1:-1])
 
 
 def checked_rows(kv_indices: Any, tree: KVTree) -> npt.NDArray[np.int32] | None:

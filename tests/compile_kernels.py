@@ -27,11 +27,11 @@ class Report(NamedTuple):
 
 
 def covering_choice(configs: list[KernelConfig]) -> list[KernelConfig]:
-    """A choice in which every kernel, tile, dtype and head_dim occurs."""
+    """A choice in which every kernel, tile, dtype (of K and V too) and head_dim occurs."""
     chosen = []
-    kinds = sorted({(config.name, config.tile) for config in configs}, key=str)
-    for number, (name, tile) in enumerate(kinds):
-        variants = [config for config in configs if (config.name, config.tile) == (name, tile)]
+    kinds = sorted({(config.name, config.tile, config.kv_dtype) for config in configs}, key=str)
+    for number, kind in enumerate(kinds):
+        variants = [config for config in configs if (config.name, config.tile, config.kv_dtype) == kind]
         chosen += variants[number % 2 :: 3]
     return chosen
 
@@ -78,7 +78,8 @@ def main(arguments: list[str]) -> int:
                 config.tile or (f"{config.row_groups} row groups" if config.row_groups else config.block_warps) or ""
             )
             shape = f"{shape} soft cap" if config.soft_cap else shape
-            label = f"sm_{architecture} {config.name} {config.dtype} head_dim {config.head_dim} {shape}"
+            dtypes = f"{config.dtype} {config.kv_dtype}" if config.kv_dtype else config.dtype
+            label = f"sm_{architecture} {config.name} {dtypes} head_dim {config.head_dim} {shape}"
             if report.ok:
                 print(f"{label}: {report.registers} registers, {report.spilled} bytes spilled")
             else:

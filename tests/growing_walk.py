@@ -151,4 +151,4 @@ def check_pieces(plan: GrowingPlan, pieces: dict[tuple[int, int], list[tuple[int
     assert len(set(partials)) == len(partials)
     assert max(partials, default=-1) < plan.sizes.partials
     assert len(set(counters)) == len(counters)
-    assert (max(counters, default=-1) + 1) * plan.row_groups <= plan.sizes.items_at
+    assert (max(counters, default=-1) + 1) * plan.row_groups <= plan.sizes.counters

@@ -8,6 +8,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import ml_dtypes
+
 import fasttree_cupy as ft
 from fasttree_cupy.execution.device import gpu_problem
 
@@ -68,7 +70,9 @@ def main() -> int:
             plan = ft.plan_decode(tree, heads, kv_heads, head_dim, device="cuda")
             for cap in (-1, 20.0):
                 plan.run(q, k, v, logit_cap=cap, return_lse=True)
-            runs += 1 + run_growing(tree, heads, kv_heads, head_dim, q, k, v)
+            zeros = cupy.zeros(k.shape, "uint8").view(ml_dtypes.float8_e4m3fn)
+            plan.run(q, zeros, zeros, k_scale=0.5, v_scale=cupy.ones(kv_heads, "float32"))
+            runs += 2 + run_growing(tree, heads, kv_heads, head_dim, q, k, v)
     cupy.cuda.Device().synchronize()
     print(f"{runs} runs")
     return 0

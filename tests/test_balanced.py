@@ -12,13 +12,15 @@ from fasttree_cupy.execution.kernels import WORKER_GROUP_ROWS, WORKER_TILE_TOKEN
 from fasttree_cupy.execution.schedule import BalancedSchedule
 from fasttree_cupy.planning import balanced
 from fasttree_cupy.planning.balanced import BalancedPlan
-from fasttree_cupy.planning.machine import H200_WORKERS, WorkerMachine
+from fasttree_cupy.planning.machine import H200_WORKERS, WorkerMachine, WorkerRates
 from tests.cases import TREES, Tree
+from tests.plans import poison_partials
 from tests.reference import dense_attention, path_rows
 from tests.test_decode import DTYPES
 from tests.tolerances import assert_close
 
-ROW_GROUPS = {1: H200_WORKERS._replace(double_step=1e6), 2: H200_WORKERS._replace(step=1e6)}
+SLOW = WorkerRates(1e6, 1e6, 1e6)
+ROW_GROUPS = {1: H200_WORKERS._replace(two_groups=SLOW), 2: H200_WORKERS._replace(one_group=SLOW)}
 """Machines for which two row groups, or one, look too slow."""
 
 
@@ -190,8 +192,7 @@ def test_every_cut_is_right_on_the_gpu(
         if not isinstance(plan.schedule, BalancedSchedule):
             pytest.skip("this GPU has no warpgroup products")
         assert plan.schedule.row_groups == row_groups
-        plan.schedule.mid_o.fill(np.nan)
-        plan.schedule.mid_lse.fill(np.nan)
+        poison_partials(plan)
         for cap in (-1.0, 1.5, -1.0):
             expected, _ = dense_attention(tree.parent, tree.seqlen, tree.request_node, *inputs, head_dim**-0.5, cap)
             out = cupy.full(q.shape, np.nan, np.float32).astype(q.dtype)
@@ -213,14 +214,13 @@ def test_workers_merge_together_and_need_nobody_to_stay(
     plan = ft.plan_decode(tree, 16, 1, head_dim, device="cuda")
     if not isinstance(plan.schedule, BalancedSchedule):
         pytest.skip("this GPU has no warpgroup products")
-    assert plan.schedule.arrays[1][:, 11].all()
+    assert plan.memory.lists[0].owner[:, 11].all()
     inputs = [array.get() for array in (q, k, v)]
     expected, expected_lse = dense_attention(tree.parent, tree.seqlen, tree.request_node, *inputs, head_dim**-0.5)
     first = plan.run(q, k, v).view(np.uint16)
     monkeypatch.setattr("fasttree_cupy.execution.cuda.MERGE_POLLS", polls)
     for _ in range(20):
-        plan.schedule.mid_o.fill(np.nan)
-        plan.schedule.mid_lse.fill(np.nan)
+        poison_partials(plan)
         out = cupy.full(q.shape, np.nan, np.float32).astype(q.dtype)
         _, lse = plan.run(q, k, v, out, return_lse=True)
         assert (out.view(np.uint16) == first).all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 
 from bench import bench_decode, records
 from bench.check import Reference, sample_requests
-from bench.contestants import Contestant, Documented, Run, UnsuitedError
+from bench.contestants import Contestant, Documented, Planned, Run, UnsuitedError
+from bench.float8 import quantise, widened
 from bench.floor import H200
 from bench.peers import PEERS
 from bench.peers.flashinfer_cascade import level_runs
@@ -72,6 +74,41 @@ class Dense(Contestant):
         everything = Reference(workload, np.arange(workload.tree.batch_size))
         output = self.spoil(everything.expected.astype(workload.q.dtype))
         return {"only": Run(lambda: output, plan_ms=0.5)}
+
+
+@pytest.mark.parametrize("kv_dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_float8_is_quantised_by_head_and_its_error_and_floor_are_recorded(
+    kv_dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fasttree_cupy.execution.device.gpu_problem", lambda: "none here")
+    arguments = [*ONE_CASE, "--output", str(tmp_path / "out.json")]
+    rows = []
+    for chosen in ([], ["--kv-dtype", kv_dtype]):
+        args = bench_decode.parse_args([*arguments, *chosen])
+        assert bench_decode.run(args, [Planned()], FakeDevice({"fasttree_cupy_plan": 9.0}), H200, ABOUT) == 0
+        rows += records.load(tmp_path / "out.json")["cases"]
+    plain, quantised = rows
+    assert [row["kv_dtype"] for row in rows] == ["float16", kv_dtype]
+    assert records.key(plain) != records.key(quantised)
+    assert records.key({**plain, "kv_dtype": "float16"}) == records.key(
+        {name: value for name, value in plain.items() if name != "kv_dtype"}
+    )
+    assert plain["quantisation_error"] is None
+    # Half a unit in the last place of 3 or 2 bits of mantissa is at most 1/16 or 1/8 of the number.
+    assert 0.005 < quantised["quantisation_error"] < (1 / 16 if kv_dtype == "float8_e4m3fn" else 1 / 8)
+    case = Case("levels", "1,2,6", "8,3,5", 4, 2, 16, kv_dtype=kv_dtype)
+    saved = H200.bytes_us(replace(case, kv_dtype=""), case.tree()) - H200.bytes_us(case, case.tree())
+    assert saved == pytest.approx(1e6 * 2 * 44 * 2 * 16 / H200.bandwidth)
+
+
+def test_quantising_rounds_to_the_nearest_of_each_heads_scale() -> None:
+    array = np.random.default_rng(5).standard_normal((50, 3, 16)).astype(DTYPES["bfloat16"]) * np.float32(3)
+    array = array.astype(DTYPES["bfloat16"])
+    quantised, scales = quantise(array, "float8_e4m3fn", np)
+    wide = array.astype(np.float64)
+    np.testing.assert_allclose(scales, np.abs(wide).max(axis=(0, 2)) / 448, rtol=1e-6)
+    back = widened(quantised, np) * scales[:, None]
+    assert np.all(np.abs(back - wide) <= np.maximum(np.abs(wide) / 16, 2.0**-10 * scales[:, None]) * 1.001)
 
 
 def ours() -> Dense:

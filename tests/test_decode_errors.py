@@ -144,7 +144,7 @@ def test_list_of_the_right_numbers(arguments: Arguments, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ARRAYS)
-@pytest.mark.parametrize("dtype", ["float64", "int64", "uint8", "bool", "complex64", "O", "int16", ">i4", ">f2"])
+@pytest.mark.parametrize("dtype", ["float64", "int64", "uint16", "bool", "complex64", "O", "int16", ">i4", ">f2"])
 def test_unknown_dtype(arguments: Arguments, name: str, dtype: str) -> None:
     check(
         arguments, replaced(name, lambda a: np.zeros(a.shape, dtype)), TypeError, f"{name}: dtype .* is not supported"
@@ -156,6 +156,8 @@ KNOWN_DTYPES = {
     "bfloat16": ml_dtypes.bfloat16,
     "float32": np.float32,
     "int32": np.int32,
+    "int8": np.int8,
+    "uint8": np.uint8,
     "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
     "float8_e5m2": ml_dtypes.float8_e5m2,
 }

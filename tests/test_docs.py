@@ -39,7 +39,7 @@ def test_lines_on_serving_run_and_are_right() -> None:
     # The block before merged a document's tokens with each request's own: one tree holds both.
     names["rng"] = np.random.default_rng(0)  # the guide draws from this seed, in this order
     half = names["half"]
-    for shape in ((112, 2, 64), (112, 2, 64), (3, 8, 64), (80, 2, 64), (80, 2, 64), (4, 8, 64)):
+    for shape in ((112, 2, 64), (112, 2, 64), (3, 8, 64), (3, 8, 64), (80, 2, 64), (80, 2, 64), (4, 8, 64)):
         half(*shape)
     queries, *caches = half(2, 8, 64), half(500, 2, 64), half(500, 2, 64), half(50, 2, 64), half(50, 2, 64)
     k, v = np.concatenate(caches[0::2]), np.concatenate(caches[1::2])

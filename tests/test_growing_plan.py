@@ -136,7 +136,7 @@ class Decoder:
         if isinstance(schedule, GrowingSchedule):
             heads, kv_heads, head_dim = self.heads
             expected = {slot: sorted(rows) for slot, rows in self.model.paths.items()}
-            packed = schedule.packed.array.get()
+            packed = self.plan.memory.lists[0].owner.get()
             for attended in rows_attended(schedule.plan, packed, heads // kv_heads, kv_heads, head_dim):
                 assert attended == expected
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fasttree_cupy.execution.arrays import DTYPES, as_numpy, device_of, empty, framework_of, hand_back, view
-from fasttree_cupy.execution.streams import WorkStream, keep_alive, stream_handle, use_stream
+from fasttree_cupy.execution.streams import WorkStream, keep_alive, record_event, stream_handle, use_stream
 
 CPU = ("cpu", 0)
 SHAPE = (3, 4, 8)
@@ -351,12 +351,12 @@ def test_borrowed_memory_is_held_until_the_stream_is_done(cupy: Any, worker: Any
     owner = Owner()
     alive = weakref.ref(owner)
     spin_then_fill(cupy, array.data.ptr, 1, worker.ptr)
-    keep_alive(worker.ptr, [owner])
+    keep_alive(record_event(worker.ptr), [owner])
     del owner
     assert not worker.done
     assert alive() is not None
     worker.synchronize()
-    keep_alive(worker.ptr, [])
+    keep_alive(record_event(worker.ptr), [])
     assert alive() is None
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from fasttree_cupy.execution import cuda, kernels
@@ -43,7 +45,7 @@ def test_no_source_includes_a_toolkit_header() -> None:
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_every_kernel_fits_every_gpu(head_dim: int) -> None:
     configs = [config for config in all_configs(80) if config.head_dim == head_dim]
-    assert len(configs) == 2 * (2 + 2 * (1 + len(tiles(head_dim)) + 2))
+    assert len(configs) == 2 * (2 + 2 * (len(tiles(head_dim)) + 3 * (1 + 2)))  # of three types of K and V, but for mma
     for config in configs:
         assert config.shared_bytes <= SMALLEST_SHARED_MEMORY
         assert config.threads <= 1024
@@ -78,7 +80,7 @@ def test_planner_and_worker_kernel_agree_on_tiles() -> None:
 
 def test_the_worker_kernel_fits_a_multiprocessor() -> None:
     configs = [config for config in all_configs(90) if config.name == "tree_decode_sm90"]
-    assert len(configs) == 2 * 2 * 2 * 2  # dtypes, head dims, row groups, with and without a soft cap
+    assert len(configs) == 2 * 3 * 2 * 2 * 2  # dtypes, those of K and V, head dims, row groups, soft cap or none
     assert max(config.shared_bytes for config in configs) <= HOPPER_SHARED_MEMORY
 
 
@@ -131,3 +133,25 @@ def test_a_variant_compiles_for_ampere_and_reports_its_resources() -> None:
     assert report.registers > 0
     broken = KernelConfig(config.name, "float16", 24)
     assert not compile_one((80, broken)).ok
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        cuda.STAGE1_PARAMS,
+        cuda.STAGE2_PARAMS,
+        cuda.TREE_DECODE_PARAMS,
+        cuda.WORK_PARAMS,
+        cuda.MERGE_STATES_PARAMS,
+        EDIT_PLAN_PARAMS,
+    ],
+    ids=["stage1", "stage2", "tree_decode", "work", "merge_states", "edit_plan"],
+)
+def test_packed_parameters_are_those_of_numpy(fields: np.dtype[Any]) -> None:
+    rng = np.random.default_rng(4)
+    draw = {"u": lambda: int(rng.integers(2**62)), "i": lambda: int(rng.integers(-(2**31), 2**31)), "f": rng.random}
+    values = [draw[fields[name].kind]() for name in fields.names or ()]
+    made = cuda.packed(values, fields)
+    assert made.shape == ()
+    assert made.dtype.names is None
+    assert made.tobytes() == np.array(tuple(values), fields).tobytes()

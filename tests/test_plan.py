@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 
 import fasttree_cupy as ft
-from fasttree_cupy.execution.streams import keep_alive
+from fasttree_cupy.execution.streams import keep_alive, record_event
 from fasttree_cupy.planning import subtree
 from fasttree_cupy.planning.machine import H200
 from tests.cases import CASES, TREES, Case, Tree
+from tests.plans import poison_partials, without_workers
 from tests.reference import dense_attention, path_rows
 from tests.test_decode import DTYPES, make_inputs, namespace, reference, result_bits
 from tests.test_interop import spin_then_fill
@@ -24,11 +26,6 @@ RUNS = [pytest.param(case, "cpu", id=f"{case.id}-cpu") for case in CASES[::16]]
 RUNS += [pytest.param(case, "gpu", id=f"{case.id}-gpu", marks=pytest.mark.gpu) for case in CASES]
 # What GPUs without warpgroup products run, on those that have them.
 RUNS += [pytest.param(case, "gpu_tiles", id=f"{case.id}-gpu_tiles", marks=pytest.mark.gpu) for case in CASES[::3]]
-
-
-def without_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make plan_decode pass over the kernel that needs compute capability 9.0."""
-    monkeypatch.setattr("fasttree_cupy.execution.schedule.BalancedSchedule.problem", lambda *_: "switched off")
 
 
 def as_kv_tree(tree: Tree) -> ft.KVTree:
@@ -54,9 +51,8 @@ def test_case(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(ValueError, match="multiple of 16 bytes"):
             plan.run(inputs.q, inputs.k, inputs.v)
         return
-    if backend == "gpu" and hasattr(plan.schedule, "mid_o"):
-        plan.schedule.mid_o.fill(np.nan)
-        plan.schedule.mid_lse.fill(np.nan)
+    if backend == "gpu":
+        poison_partials(plan)
     out = plan.run(inputs.q, inputs.k, inputs.v, inputs.o, logit_cap=case.logit_cap)
     assert out is inputs.o
     expected, _ = reference(case, inputs.values, sm_scale, xp)
@@ -228,7 +224,6 @@ def test_defaults_and_new_output() -> None:
     out = plan.run(**arrays)
     expected, _ = dense_attention(TREE.parent, TREE.seqlen, TREE.request_node, *arrays.values(), 32**-0.5)
     assert_close(out, expected, np.float16)
-    assert plan.workspace_bytes > 0
     assert "4 requests, 29 tokens, heads 6/2, head_dim 32, cpu" in repr(plan)
 
 
@@ -247,8 +242,11 @@ def test_defaults_and_new_output() -> None:
         ("stream", lambda a: 3, ValueError, "stream is 3, but q lies on the CPU"),
     ],
 )
-def test_what_does_not_fit_is_refused(name: str, change: Any, error: type[Exception], message: str) -> None:
+@pytest.mark.parametrize("after", ["first", "a run that fits"])
+def test_what_does_not_fit_is_refused(after: str, name: str, change: Any, error: type[Exception], message: str) -> None:
     plan, arrays = small()
+    if after != "first":
+        plan.run(**arrays, out=np.empty((4, 6, 32), np.float16))
     out = np.full((4, 6, 32), 7, np.float16)
     arguments: dict[str, Any] = {**arrays, "out": out}
     arguments[name] = change(arguments.get(name))
@@ -301,7 +299,9 @@ def test_a_graph_replays_and_runs_agree_to_the_bit(cupy: Any) -> None:
 
 
 @pytest.mark.gpu
-def test_a_dropped_plans_memory_is_held_for_the_stream_that_reads_it(cupy: Any) -> None:
+@pytest.mark.parametrize("how", ["named", "current"])
+def test_a_dropped_plans_memory_is_held_for_the_stream_that_reads_it(how: str, cupy: Any) -> None:
+    """Whether the run is told the stream, or CuPy's current one is another than when the plan was made."""
     tree = ft.KVTree.from_levels([1, 4, 16], [700, 40, 9])
     q, _, _, _, k, v, _ = ft.qkv_preparation(tree, 8, 2, 64, "cuda")
     plan = ft.plan_decode(tree, 8, 2, 64)
@@ -314,13 +314,14 @@ def test_a_dropped_plans_memory_is_held_for_the_stream_that_reads_it(cupy: Any) 
     cupy.cuda.Device().synchronize()
 
     spin_then_fill(cupy, scratch.data.ptr, 1, stream.ptr, times=40)  # longer than a collection of all garbage
-    plan.run(q, k, v, out, stream=stream)
-    schedule = weakref.ref(plan.schedule)
+    with stream if how == "current" else nullcontext():
+        plan.run(q, k, v, out, stream=stream if how == "named" else None)
+    memory = weakref.ref(plan.memory)
     del plan
     gc.collect()
     assert not stream.done
-    assert schedule() is not None
+    assert memory() is not None
     stream.synchronize()
-    keep_alive(stream.ptr, [])
-    assert schedule() is None
+    keep_alive(record_event(stream.ptr), [])
+    assert memory() is None
     np.testing.assert_array_equal(out.get().view(np.uint16), expected.view(np.uint16))

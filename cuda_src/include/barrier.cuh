@@ -22,6 +22,15 @@ __device__ __forceinline__ bool barrier_try_wait(Barrier& barrier, int parity) {
                  : "memory");
     return done;
 }
+// The same at once.
+__device__ __forceinline__ bool barrier_test(Barrier& barrier, int parity) {
+    u32 done;
+    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(shared_address(&barrier)), "r"(parity)
+                 : "memory");
+    return done;
+}
 __device__ __forceinline__ void barrier_wait(Barrier& barrier, int parity) {
     while (!barrier_try_wait(barrier, parity)) {
     }

@@ -1,12 +1,22 @@
 // Compile-time configuration: the -D options of kernels.py enter here, once, and are constants everywhere else.
 #pragma once
-#include "types.cuh"
+#include "float8.cuh"
 
 #if !defined(FT_ELEMENT) || !defined(FT_HEAD_DIM) || !defined(FT_SOFT_CAP)
 #error "FT_ELEMENT (Float16 or BFloat16), FT_HEAD_DIM and FT_SOFT_CAP (0 or 1) are given by kernels.py"
 #endif
 
 using Element = FT_ELEMENT;
+#if defined(FT_KV_ELEMENT)
+using KVElement = FT_KV_ELEMENT;  // Float8E4M3 or Float8E5M2
+// What the values of tree_decode_sm90, and their weights, are multiplied as. Float8 is float16 in one instruction.
+using ValueElement = Float16;
+#else
+using KVElement = Element;
+using ValueElement = Element;
+#endif
+using KVBits = KVElement::Bits;
+constexpr bool kFloat8 = sizeof(KVBits) == 1;
 constexpr int kHeadDim = FT_HEAD_DIM;
 constexpr bool kSoftCap = FT_SOFT_CAP;  // a branch in every score would cost more than the products do
 constexpr int kWarpSize = 32;

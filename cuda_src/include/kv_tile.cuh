@@ -21,6 +21,21 @@ __device__ __forceinline__ void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+#if defined(FT_KV_ELEMENT)
+__device__ __forceinline__ void store_shared(u32 address, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+// Stores 16 float8 as two chunks of eight elements.
+template <typename To>
+__device__ __forceinline__ void store_widened(u32 first, u32 second, const u32 (&words)[4]) {
+    u32 pairs[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) pairs[i] = To::from_halves(KVElement::to_halves(words[i / 2], i % 2));
+    store_shared(first, pairs[0], pairs[1], pairs[2], pairs[3]);
+    store_shared(second, pairs[4], pairs[5], pairs[6], pairs[7]);
+}
+#endif
+
 // A tile of rows of kDim 16-bit elements, cut into chunks of 16 bytes. It starts at a multiple of its row's size.
 //
 // ldmatrix reads one chunk of eight consecutive rows at a time. Their bank is fixed by the chunk's index and, in rows
@@ -95,4 +110,35 @@ struct WarpGather {
             }
         }
     }
+#if defined(FT_KV_ELEMENT)
+    // The same for float8 rows, which are widened on the way: when it returns, this lane's part is in the tile.
+    static __device__ __forceinline__ void copy_run(u32 tile, const u8* base, int row_stride, int count, int lane) {
+        constexpr int kRawChunks = kDim / 16;
+        constexpr int kRawRows = kWarpSize / kRawChunks;  // a pass
+        constexpr int kRawPasses = ceil_div(kRows, kRawRows), kBatch = min_of(4, kRawPasses);
+        static_assert(kRawPasses % kBatch == 0, "whole batches of reads that are under way together");
+        const int chunk = lane % kRawChunks;
+#pragma unroll 1
+        for (int row = lane / kRawChunks; row < kRawPasses * kRawRows; row += kBatch * kRawRows) {
+            u32 words[kBatch][4] = {};
+#pragma unroll
+            for (int pass = 0; pass < kBatch; ++pass) {
+                const int from = row + pass * kRawRows;
+                if (from < min(count, kRows)) load_16(words[pass], base + i64(from) * row_stride + chunk * 16);
+            }
+#pragma unroll
+            for (int pass = 0; pass < kBatch; ++pass) {
+                const int to = row + pass * kRawRows;
+                if (to >= kRows) break;
+                store_widened<Element>(tile + Layout::offset(to, chunk * 2), tile + Layout::offset(to, chunk * 2 + 1),
+                                       words[pass]);
+            }
+        }
+    }
+    static __device__ __forceinline__ void load_16(u32 (&words)[4], const u8* from) {
+        asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                     : "l"(from));
+    }
+#endif
 };

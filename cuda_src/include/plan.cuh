@@ -1,6 +1,6 @@
 // The schedule that DecodePlan hands to tree_decode.cu: items, and the runs of tokens that each attends to.
 #pragma once
-#include "types.cuh"
+#include "config.cuh"
 
 // A run of consecutive rows of K and V, and which rows of its item may see it. Ranges are half-open.
 struct alignas(16) Segment {
@@ -27,8 +27,8 @@ static_assert(sizeof(Item) == 48, "as ITEM_FIELDS in subtree.py");
 // Mirrored field by field in fasttree_cupy/execution/cuda.py. Strides count elements; the last axis is contiguous.
 struct TreeDecodeParams {
     const u16* q;               // [batch, qo_heads, head_dim]
-    const u16* k;               // [tokens, kv_heads, head_dim]
-    const u16* v;               // [tokens, kv_heads, head_dim]
+    const KVBits* k;            // [tokens, kv_heads, head_dim]
+    const KVBits* v;            // [tokens, kv_heads, head_dim]
     u16* o;                     // [batch, qo_heads, head_dim]
     float* mid_o;               // [partials, qo_heads, head_dim], contiguous: normalised partial outputs
     float* mid_lse;             // [partials, qo_heads], contiguous: natural log
@@ -45,6 +45,8 @@ struct TreeDecodeParams {
     float sm_scale;
     float logit_cap;            // <= 0: none
     int o_aligned;              // rows of o start at multiples of 16 bytes
-    int padding;
+    float v_scale;              // factor of float8 V where v_scales is null
+    const float* k_scales;      // [kv_heads]: factors of float8 K; null: sm_scale has it
+    const float* v_scales;      // [kv_heads]: factors of float8 V, or null
 };
-static_assert(sizeof(TreeDecodeParams) == 168, "as TREE_DECODE_PARAMS in cuda.py");
+static_assert(sizeof(TreeDecodeParams) == 184, "as TREE_DECODE_PARAMS in cuda.py");

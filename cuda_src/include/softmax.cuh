@@ -48,6 +48,17 @@ struct SoftmaxState {
     static __device__ __forceinline__ float finite_base(float m) { return m == -kInfinity ? 0.0f : m; }
 };
 
+// Factors of a KV head's float8 keys and values; 1 for 16-bit ones.
+template <typename Params>
+__device__ __forceinline__ float key_scale(const Params& p, int kv_head) {
+    return kFloat8 && p.k_scales != nullptr ? p.k_scales[kv_head] : 1.0f;
+}
+template <typename Params>
+__device__ __forceinline__ float value_scale(const Params& p, int kv_head) {
+    if constexpr (!kFloat8) return 1.0f;
+    return p.v_scales != nullptr ? p.v_scales[kv_head] : p.v_scale;
+}
+
 // How a raw dot product becomes a base-2 score.
 struct ScoreScale {
     float scale;  // softmax scale, natural units

@@ -1,12 +1,12 @@
 // What every stage-1 kernel takes, and how a vnode's rows map to requests and heads.
 #pragma once
-#include "types.cuh"
+#include "config.cuh"
 
 // Mirrored field by field in fasttree_cupy/execution/cuda.py. Strides count elements; the last axis is contiguous.
 struct Stage1Params {
     const u16* q;                    // [batch, qo_heads, head_dim]
-    const u16* k;                    // [tokens, kv_heads, head_dim]
-    const u16* v;                    // [tokens, kv_heads, head_dim]
+    const KVBits* k;                 // [tokens, kv_heads, head_dim]
+    const KVBits* v;                 // [tokens, kv_heads, head_dim]
     const int* vnode_to_kv_entries;  // [sum of distinct vnode KV]: rows of K and V
     const int* vnode_to_kv_offs;     // [vnodes]: first entry
     const int* vnode_to_kv_lens;     // [vnodes]
@@ -22,8 +22,12 @@ struct Stage1Params {
     int group;                       // query heads a KV head
     float sm_scale;
     float logit_cap;                 // <= 0: none
+    const float* k_scales;           // [kv_heads]: factors of float8 K; null: sm_scale has it
+    const float* v_scales;           // [kv_heads]: factors of float8 V, or null
+    float v_scale;                   // factor of float8 V where v_scales is null
+    int padding;
 };
-static_assert(sizeof(Stage1Params) == 152, "as STAGE1_PARAMS in cuda.py");
+static_assert(sizeof(Stage1Params) == 176, "as STAGE1_PARAMS in cuda.py");
 
 // One vnode seen from one KV head. A row is one query head of one request: row = request * group + head in group.
 struct VnodeView {

@@ -1,6 +1,7 @@
-// Fixed-width names and the two element types. No CUDA toolkit header is included anywhere: NVRTC alone compiles this.
+// Fixed-width names and the two 16-bit element types. No CUDA toolkit header is included anywhere: NVRTC alone compiles this.
 #pragma once
 
+using u8 = unsigned char;
 using u16 = unsigned short;
 using u32 = unsigned int;
 using i64 = long long;
@@ -15,6 +16,7 @@ __device__ constexpr int max_of(int a, int b) { return a > b ? a : b; }
 
 // IEEE binary16, stored as its 16 bits.
 struct Float16 {
+    using Bits = u16;
     static __device__ __forceinline__ float to_float(u16 bits) {
         float value;
         asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
@@ -31,11 +33,14 @@ struct Float16 {
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
         return bits;
     }
+    // A pair from two float16.
+    static __device__ __forceinline__ u32 from_halves(u32 halves) { return halves; }
 #endif
 };
 
 // bfloat16: the upper half of a binary32. Integer arithmetic, because sm_70 and sm_75 have no conversion.
 struct BFloat16 {
+    using Bits = u16;
     static __device__ __forceinline__ float to_float(u16 bits) { return __uint_as_float(u32(bits) << 16); }
     static __device__ __forceinline__ u16 from_float(float value) {
         const u32 bits = __float_as_uint(value);
@@ -47,6 +52,9 @@ struct BFloat16 {
         u32 bits;
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
         return bits;
+    }
+    static __device__ __forceinline__ u32 from_halves(u32 halves) {
+        return pack(Float16::to_float(u16(halves)), Float16::to_float(u16(halves >> 16)));
     }
 #endif
 };

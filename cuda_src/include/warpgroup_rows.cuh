@@ -1,6 +1,6 @@
 // What a warpgroup does with a tile: 64 query rows against 64 or 128 tokens, with an online softmax.
 #pragma once
-#include "config.cuh"
+#include "chunk_products.cuh"
 #include "softmax.cuh"
 #include "wgmma.cuh"
 
@@ -15,27 +15,6 @@ constexpr int kOutputs = kHeadDim / 2;          // accumulators of a thread: 64 
 constexpr int kPanelBytes = kTileTokens * kPanelRowBytes;
 static_assert(kHeadDim == 64 || kHeadDim == 128, "whole panels, and accumulators that fit the registers");
 static_assert(kTileTokens == 64 || kTileTokens == 128, "the shapes of products that wgmma.cuh has");
-
-// Which rows see a tile's tokens, as ranges of rows of the block.
-struct alignas(16) TileView {
-    int any_begin, any_end;  // outside, no row sees any token
-    int all_begin, all_end;  // inside, every row sees every token
-
-    // Adds a segment that rows [begin, end) of num_rows see. What rows past the last compute is never looked at.
-    __device__ __forceinline__ void add(int begin, int end, int num_rows) {
-        any_begin = min(any_begin, begin);
-        any_end = max(any_end, end);
-        all_begin = max(all_begin, begin);
-        if (end < num_rows) all_end = min(all_end, end);
-    }
-    // Adds up what the lanes of a warp have added.
-    __device__ __forceinline__ void reduce() {
-        any_begin = __reduce_min_sync(0xffffffffu, any_begin);
-        any_end = __reduce_max_sync(0xffffffffu, any_end);
-        all_begin = __reduce_max_sync(0xffffffffu, all_begin);
-        all_end = __reduce_min_sync(0xffffffffu, all_end);
-    }
-};
 
 // 64 rows, and of each its softmax state and output over the tokens seen so far. A thread holds a part of two rows,
 // those of lane / 4 and lane / 4 + 8 in the 16 rows of its warp.
@@ -74,7 +53,7 @@ struct WarpgroupRows {
         products_fence();
 #pragma unroll
         for (int t = 0; t < kTileTokens / 16; ++t) {
-            Wgmma<Element>::multiply_values(o, weights + 4 * t, values.at(t * 16 * kPanelRowBytes));
+            Wgmma<ValueElement>::multiply_values(o, weights + 4 * t, values.at(t * 16 * kPanelRowBytes));
         }
         products_commit();
     }
@@ -84,10 +63,6 @@ struct WarpgroupRows {
         bool any;    // false: no row sees any token
         bool whole;  // every row sees every token
     };
-    __device__ __forceinline__ View view_of(const TileView& tile) const {
-        const int begin = first_row / 16 * 16, end = begin + 16;
-        return {tile.any_begin < end && tile.any_end > begin, tile.all_begin <= begin && tile.all_end >= end};
-    }
 
     // Scores into the weights of the tile whose values are added next. visible: address of two bytes a token, the first
     // row that sees it and, in the upper byte, how many do. after_values(): called when the values of the tile before
@@ -108,18 +83,19 @@ struct WarpgroupRows {
         products_wait<0>(o);
         after_values();
 #pragma unroll
-        for (int i = 0; i < kTileTokens / 4; ++i) weights[i] = view.any ? Element::pack(s[2 * i], s[2 * i + 1]) : 0;
+        for (int i = 0; i < kTileTokens / 4; ++i) weights[i] = view.any ? ValueElement::pack(s[2 * i], s[2 * i + 1]) : 0;
         scale_outputs(factor);
     }
 
-    // Turns scores into weights, in place. `factor` is what outputs must take.
-    __device__ __forceinline__ void exponentials(Scores& s, float (&factor)[2], const ScoreScale& to_score) {
+    // Turns kScores scores of a thread into weights, in place. `factor` is what outputs must take.
+    template <int kScores>
+    __device__ __forceinline__ void exponentials(float (&s)[kScores], float (&factor)[2], const ScoreScale& to_score) {
         const float scale = to_score.factor();
         float highest[2][2];  // of the row's even and odd columns: short chains of dependent instructions
 #pragma unroll
         for (int i = 0; i < 4; ++i) highest[i / 2][i % 2] = s[i];
 #pragma unroll
-        for (int i = 4; i < kTileTokens / 2; ++i) {
+        for (int i = 4; i < kScores; ++i) {
             highest[i / 2 % 2][i % 2] = fmaxf(highest[i / 2 % 2][i % 2], s[i]);
         }
         float top[2] = {fmaxf(highest[0][0], highest[0][1]), fmaxf(highest[1][0], highest[1][1])};
@@ -138,7 +114,7 @@ struct WarpgroupRows {
         }
         float sum[2][2] = {};
 #pragma unroll
-        for (int i = 0; i < kTileTokens / 2; ++i) {
+        for (int i = 0; i < kScores; ++i) {
             s[i] = exp2_approx(s[i] * scale - base[i / 2 % 2]);
             sum[i / 2 % 2][i % 2] += s[i];
         }
@@ -174,6 +150,43 @@ struct WarpgroupRows {
             rows |= (below_end & ~below_begin) << (i * 16);
         }
         return rows;
+    }
+
+    // Attends this warp's rows to a chunk of a tile, when no products are under way. queries, keys, values, visible: as
+    // start_scores, start_values and weigh take them.
+    __device__ __forceinline__ void attend_chunk(int chunk, u32 queries, int query_panel_bytes, u32 keys, u32 values,
+                                                 u32 visible, const ScoreScale& to_score) {
+        const int lane = threadIdx.x % 32;
+        const ChunkPlace place(lane);
+        const u32 warp_rows = threadIdx.x % 128 / 32 * kChunkRows * kPanelRowBytes;
+        const u32 tokens = chunk * kChunkTokens * kPanelRowBytes;
+        float s[8];
+        chunk_scores(s, queries + warp_rows + place.by_rows, query_panel_bytes, keys + tokens + place.by_columns,
+                     kPanelBytes);
+        if (kSoftCap) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) s[i] = to_score.pass(s[i]);
+        }
+        hide_in_chunk(s, visible + (chunk * kChunkTokens + lane % 4 * 2) * 2);
+        float factor[2];
+        exponentials(s, factor, to_score);
+        // The maximum rarely moves by more than the slack: then there is nothing to rescale.
+        if (__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) scale_outputs(factor);
+        const u32 packed[4] = {ValueElement::pack(s[0], s[1]), ValueElement::pack(s[2], s[3]),
+                               ValueElement::pack(s[4], s[5]), ValueElement::pack(s[6], s[7])};
+        add_chunk_values(o, packed, values + tokens + place.by_rows, kPanelBytes);
+    }
+    // Hides from each row what it does not see. visible: address of two bytes for each of this lane's two first tokens.
+    __device__ __forceinline__ void hide_in_chunk(float (&s)[8], u32 visible) const {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const u32 pair = load_shared(visible + j * 16);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const u32 begin = pair >> (i % 2 * 16) & 0xff, count = pair >> (i % 2 * 16 + 8) & 0xff;
+                if (u32(first_row + i / 2 * 8) - begin >= count) s[4 * j + i] = -kInfinity;
+            }
+        }
     }
 
     __device__ __forceinline__ void scale_outputs(const float (&factor)[2]) {

@@ -24,8 +24,8 @@ static_assert(sizeof(WorkItem) == 64, "as ITEM_FIELDS in balanced.py");
 // Mirrored field by field in fasttree_cupy/execution/cuda.py. Strides count elements; the last axis is contiguous.
 struct WorkParams {
     const u16* q;              // [batch, qo_heads, head_dim]
-    const u16* k;              // [tokens, kv_heads, head_dim]
-    const u16* v;              // [tokens, kv_heads, head_dim]
+    const KVBits* k;           // [tokens, kv_heads, head_dim]
+    const KVBits* v;           // [tokens, kv_heads, head_dim]
     u16* o;                    // [batch, qo_heads, head_dim]
     float* mid_o;              // [partials, row groups, head_dim / 2, 128]: normalised, in the accumulators' order
     float* mid_lse;            // [partials, row groups, 64]: base 2
@@ -45,6 +45,8 @@ struct WorkParams {
     int o_aligned;             // rows of o start at multiples of 16 bytes
     int qo_heads;
     int polls;                 // how often a worker looks whether the last piece of its rows is done
-    int padding;
+    float v_scale;             // factor of float8 V where v_scales is null
+    const float* k_scales;     // [kv_heads]: factors of float8 K; null: sm_scale has it
+    const float* v_scales;     // [kv_heads]: factors of float8 V, or null
 };
-static_assert(sizeof(WorkParams) == 184, "as WORK_PARAMS in cuda.py");
+static_assert(sizeof(WorkParams) == 200, "as WORK_PARAMS in cuda.py");

@@ -4,6 +4,9 @@
 #include "warpgroup_rows.cuh"
 #include "work.cuh"
 
+#if defined(FT_KV_ELEMENT) && !defined(FT_RAW_UNITS)
+#error "FT_RAW_UNITS is given by kernels.py where K and V are float8"
+#endif
 #if !defined(FT_ROW_GROUPS) || !defined(FT_KEY_STAGES) || !defined(FT_VALUE_STAGES)
 #error "FT_ROW_GROUPS, FT_KEY_STAGES and FT_VALUE_STAGES are given by kernels.py"
 #endif
@@ -17,32 +20,59 @@ constexpr int kConsumerWarps = 8;
 constexpr int kProducerWarps = 4;
 constexpr int kThreads = (kConsumerWarps + kProducerWarps) * kWarpSize;
 constexpr int kGroupThreads = 128;
-constexpr int kProducerRegisters = 88;
+constexpr int kProducerRegisters = kFloat8 ? 96 : 88;
 constexpr int kConsumerRegisters = 208;
 static_assert(kGroupThreads * (kProducerRegisters + 2 * kConsumerRegisters) <= 65536, "registers of a multiprocessor");
-constexpr int kWarpTokens = kTileTokens / kProducerWarps;
+constexpr int kTileWarps = kRowGroups == 2 ? 4 : kFloat8 ? 2 : 1;  // producer warps that gather a tile together
+constexpr int kTilesAtATime = kProducerWarps / kTileWarps;
+constexpr int kWarpTokens = kTileTokens / kTileWarps;
+constexpr int kLaneTokens = kWarpTokens / kWarpSize;
 constexpr int kWarpRows = kRows / kProducerWarps;
 constexpr int kChunks = kHeadDim / 8;          // of 8 elements, 16 bytes
+constexpr int kTileChunks = kTileTokens / kChunkTokens;  // as warps attend them alone
 constexpr int kTileBytes = kTileTokens * kHeadDim * 2;
 constexpr int kQueryBytes = kRows * kHeadDim * 2;
 
 static_assert(kRowGroups == 1 || kRowGroups == 2, "two warpgroups split rows or tokens");
 static_assert(kValueStages > kTokenGroups, "each warpgroup holds the values of a tile while it waits for the next one");
-static_assert(kWarpTokens <= kWarpSize && kWarpRows <= kWarpSize, "a lane holds one row's place");
+static_assert(kWarpRows <= kWarpSize, "a lane holds one row's place");
+// A barrier's parity does not tell a phase from the one after the next.
+static_assert(kTilesAtATime <= kKeyStages && kTilesAtATime <= kValueStages, "who waits for a phase has seen the one before");
+static_assert(kKeyStages % kTokenGroups == 0 && kValueStages % kTokenGroups == 0,
+              "a tile takes the place of one of the same warpgroup, which is at its tiles in their order");
 
 // Named barriers, one for each warpgroup.
-constexpr int kExchange = 1, kOwnGroup = 3, kTurn = 5;
+constexpr int kExchange = 1, kOwnGroup = 3;
+
+// Which of the block's rows see a tile's tokens: a bit for each 16 rows, and of these
+struct alignas(8) TileView {
+    unsigned char seen_by[kTileChunks];  // some row sees some token of the chunk
+    unsigned char whole[kTileWarps];     // every row sees every token of a producer warp's part
+};
+
+#if defined(FT_KV_ELEMENT)
+constexpr int kRawUnits = FT_RAW_UNITS;  // parts of a tile of keys or values that a producer warp has under way
+constexpr int kRawBytes = kWarpTokens * kHeadDim;
+// Tiles whose views are kept: those in the ring of keys, those to come, and the ones whose keys are done with.
+constexpr int kViewLaps = 4;
+static_assert((kViewLaps - 1) * kKeyStages >= kTilesAtATime * ceil_div(kRawUnits, 2) + 2, "a view is read before it is written again");
+#else
+// Twice as many views as keys: a tile's keys are done with before its view is.
+constexpr int kViewLaps = 2;
+#endif
 
 struct Shared {
     alignas(1024) unsigned char k[kKeyStages][kTileBytes];
     alignas(1024) unsigned char v[kValueStages][kTileBytes];
     alignas(1024) unsigned char q[2][kQueryBytes];
+#if defined(FT_KV_ELEMENT)
+    unsigned char raw[kProducerWarps][kRawUnits][kRawBytes];  // float8 rows, as they come
+#endif
     float exchange[kTokenGroups == 2 ? kOutputs * kGroupThreads : 1];  // accumulators of the second token group
     SoftmaxState exchange_state[kTokenGroups == 2 ? kGroupRows : 1];
-    // Twice as many: a tile's keys are done with before its view is.
-    TileView view[2 * kKeyStages];
-    u16 visible[2 * kKeyStages][kTileTokens];
-    Barrier k_full[kKeyStages], k_empty[kKeyStages], v_full[kValueStages], v_empty[kValueStages], q_empty[2];
+    TileView view[kViewLaps * kKeyStages];
+    u16 visible[kViewLaps * kKeyStages][kTileTokens];
+    Barrier k_full[kKeyStages], k_empty[kKeyStages], v_full[kValueStages], v_empty[kValueStages], q_full[2], q_empty[2];
     int merge[2];  // what a warpgroup is to merge
 };
 static_assert(sizeof(Shared) == FT_SHARED_BYTES, "host and device agree on shared memory");
@@ -52,14 +82,15 @@ template <int kStages>
 struct Ring {
     int stage = 0;
     int parity = 0;
-    // The place of the tile's view, of which there are twice as many.
-    __device__ __forceinline__ int view() const { return stage + parity * kStages; }
+    int lap = 0;
+    // The place of the tile's view, of which there are kViewLaps times as many.
+    __device__ __forceinline__ int view() const { return stage + (kViewLaps == 2 ? parity : lap) * kStages; }
     __device__ __forceinline__ void advance(int by) {
         stage += by;
-        if (stage >= kStages) {
-            stage -= kStages;
-            parity ^= 1;
-        }
+        const int laps = stage / kStages;
+        stage -= laps * kStages;
+        parity ^= laps & 1;
+        if constexpr (kViewLaps > 2) lap = (lap + laps) % kViewLaps;
     }
 };
 

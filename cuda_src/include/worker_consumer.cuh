@@ -2,10 +2,33 @@
 #pragma once
 #include "worker_output.cuh"
 
+// A byte for each chunk of a tile, in it a bit for each of the block's 16 rows.
+template <int kBytes>
+struct Bytes;
+template <>
+struct Bytes<4> {
+    using Type = u32;
+    static __device__ __forceinline__ int count(u32 bits) { return __popc(bits); }
+    static __device__ __forceinline__ int first(u32 bits) { return __ffs(bits) - 1; }
+};
+template <>
+struct Bytes<8> {
+    using Type = u64;
+    static __device__ __forceinline__ int count(u64 bits) { return __popcll(bits); }
+    static __device__ __forceinline__ int first(u64 bits) { return __ffsll(bits) - 1; }
+};
+using ChunkBits = Bytes<kTileChunks>;
+using Chunks = ChunkBits::Type;
+constexpr Chunks kEveryChunk = Chunks(0x0101010101010101u);
+
+// A tile's chunks times the warps that see them, of a warpgroup, up to which its warps attend the tile apart: half of all.
+constexpr int kMostApart = kTileChunks * 2;
+
 struct Consumer : Output {
     Ring<kKeyStages> keys;  // the place of this warpgroup's current tile
     Ring<kValueStages> values;
     int tile;               // its number among all that the worker has
+    float keys_scale;       // of the item's KV head
 
     __device__ __forceinline__ Consumer(const WorkParams& p, Shared& s)
         : Output(p, s), tile(kTokenGroups == 2 ? group : 0) {
@@ -18,14 +41,15 @@ struct Consumer : Output {
         int turn = 0;  // of the items that have tokens
         // The warpgroups write in turn: while one does, the other is at the next item's tiles.
         int writer = 0;
-        if (kRowGroups == 2 && group == 1) named_arrive(kTurn, 2 * kGroupThreads);
         for (int index = blockIdx.x; index >= 0; writer ^= 1) {
             const WorkItem& item = p.items[index];
             const int next = item.next;
             fetch_ahead(item, next);
+            keys_scale = key_scale(p, item.kv_head);
             end += ceil_div(item.tokens, kTileTokens);
             rows.reset();
             if (item.tokens > 0) {
+                barrier_wait(s.q_full[turn % 2], turn / 2 % 2);
                 attend_tiles(end, shared_address(s.q[turn % 2]) + row_group * kGroupRows * kPanelRowBytes);
                 arrive(s.q_empty[turn % 2]);
                 ++turn;
@@ -53,24 +77,52 @@ struct Consumer : Output {
         if (threadIdx.x % kWarpSize == 0) barrier_arrive(barrier);
     }
 
-    // Attends this warpgroup's tiles of an item. The values of a tile are added during the softmax of the next one.
+    // Attends this warpgroup's tiles of an item: those whose tokens most rows see together, the others warp by warp.
     __device__ __forceinline__ void attend_tiles(int end, u32 queries) {
-        if (tile >= end) return;
+        while (tile < end) {
+            if (seen_together()) {
+                attend_together(end, queries);
+            } else {
+                attend_apart(queries);
+            }
+        }
+    }
+
+    __device__ __forceinline__ const TileView& view() const { return s.view[keys.view()]; }
+    // Who sees the current tile's chunks: the block's 16 rows from `first` on come first in each byte.
+    __device__ __forceinline__ Chunks seen_by(int first) const {
+        return *reinterpret_cast<const Chunks*>(view().seen_by) >> first;
+    }
+    // The chunks that this warp's rows see.
+    __device__ __forceinline__ Chunks own_chunks() const { return seen_by(rows.first_row / kChunkRows) & kEveryChunk; }
+    __device__ __forceinline__ WarpgroupRows::View own_view() const {
+        u32 whole = view().whole[0];
+#pragma unroll
+        for (int part = 1; part < kTileWarps; ++part) whole &= view().whole[part];
+        return {own_chunks() != 0, (whole >> rows.first_row / kChunkRows & 1) != 0};
+    }
+    // Whether the warpgroup's products are worth it for the current tile, whose keys it waits for.
+    __device__ __forceinline__ bool seen_together() const {
+        barrier_wait(s.k_full[keys.stage], keys.parity);
+        return ChunkBits::count(seen_by(row_group * 4) & kEveryChunk * 0xf) > kMostApart;
+    }
+
+    // Attends tiles up to the next one that is not seen together. The values of a tile are added during the softmax of the
+    // next one.
+    __device__ __forceinline__ void attend_together(int end, u32 queries) {
         WarpgroupRows::Scores scores;
         start_scores(scores, queries);
-        WarpgroupRows::View view = rows.view_of(s.view[keys.view()]);
+        WarpgroupRows::View view = own_view();
         products_wait<0>(scores);
         arrive(s.k_empty[keys.stage]);
         weigh(scores, view, [] {});
         Ring<kValueStages> behind = values;  // the tile whose values are still to be added
         advance();
 #pragma unroll 1
-        while (tile < end) {
-            if (kRowGroups == 2) named_sync(kTurn + group, 2 * kGroupThreads);
+        while (tile < end && seen_together()) {
             start_scores(scores, queries);
-            view = rows.view_of(s.view[keys.view()]);
+            view = own_view();
             start_values(behind);
-            if (kRowGroups == 2) named_arrive(kTurn + (group ^ 1), 2 * kGroupThreads);
             products_wait<1>(scores);
             arrive(s.k_empty[keys.stage]);
             weigh(scores, view, [&] { arrive(s.v_empty[behind.stage]); });
@@ -81,8 +133,22 @@ struct Consumer : Output {
         products_wait<0>(rows.o);
         arrive(s.v_empty[behind.stage]);
     }
+    // Attends one tile, each warp the chunks that its rows see.
+    __device__ __forceinline__ void attend_apart(u32 queries) {
+        Chunks mine = own_chunks();
+        barrier_wait(s.v_full[values.stage], values.parity);
+#pragma unroll 1
+        for (; mine != 0; mine &= mine - 1) {
+            rows.attend_chunk(ChunkBits::first(mine) / 8, queries, kRows * kPanelRowBytes, shared_address(s.k[keys.stage]),
+                              shared_address(s.v[values.stage]), shared_address(s.visible[keys.view()]),
+                              to_score());
+        }
+        __syncwarp();
+        arrive(s.k_empty[keys.stage]);
+        arrive(s.v_empty[values.stage]);
+        advance();
+    }
     __device__ __forceinline__ void start_scores(WarpgroupRows::Scores& scores, u32 queries) {
-        barrier_wait(s.k_full[keys.stage], keys.parity);
         fence_shared_async();
         WarpgroupRows::start_scores(scores, queries, kRows * kPanelRowBytes, shared_address(s.k[keys.stage]));
     }
@@ -94,9 +160,10 @@ struct Consumer : Output {
     template <typename AfterValues>
     __device__ __forceinline__ void weigh(WarpgroupRows::Scores& scores, const WarpgroupRows::View& view,
                                           const AfterValues& after_values) {
-        rows.weigh(scores, view, shared_address(s.visible[keys.view()]), ScoreScale{p.sm_scale, p.logit_cap},
+        rows.weigh(scores, view, shared_address(s.visible[keys.view()]), to_score(),
                    after_values);
     }
+    __device__ __forceinline__ ScoreScale to_score() const { return {p.sm_scale * keys_scale, p.logit_cap}; }
     __device__ __forceinline__ void advance() {
         tile += kTokenGroups;
         keys.advance(kTokenGroups);

@@ -22,7 +22,7 @@ struct Output {
     // Writes the item's outputs, or its partial ones; the last piece merges them all, or the workers of the last pieces do
     // so together.
     __device__ __forceinline__ void write(const WorkItem& item) {
-        normalise();
+        normalise(value_scale(p, item.kv_head));
         if (item.pieces > 1) {
             write_partial(item);
             named_sync(kOwnGroup + group, kGroupThreads);
@@ -32,12 +32,12 @@ struct Output {
             }
             if (!is_last(item)) return;
             merge(item);
-            normalise();
+            normalise(1.0f);
         }
         write_outputs(item);
     }
-    __device__ __forceinline__ void normalise() {
-        const float factor[2] = {rows.state[0].normaliser(), rows.state[1].normaliser()};
+    __device__ __forceinline__ void normalise(float scale) {
+        const float factor[2] = {rows.state[0].normaliser() * scale, rows.state[1].normaliser() * scale};
         rows.scale_outputs(factor);
     }
 

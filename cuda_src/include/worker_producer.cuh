@@ -51,148 +51,218 @@ struct SegmentStream {
     }
 };
 
-// A warp that gathers its share of every tile.
+constexpr int kCopyChunks = kHeadDim * int(sizeof(KVBits)) / 16;  // of 16 bytes, in a row of K or V
+
+#if defined(FT_KV_ELEMENT)
+// Where a lane writes when a warp copies float8 rows of kCopyChunks chunks of 16 bytes, 512 bytes a pass. In rows of 128
+// bytes the odd ones have their halves exchanged, see Float8Producer.
+struct CopyPlace {
+    static constexpr int kRowsPerPass = kWarpSize / kCopyChunks;
+    u32 lane_offset;
+
+    __device__ __forceinline__ CopyPlace(int, int lane) : lane_offset(offset(lane / kCopyChunks, lane % kCopyChunks)) {}
+
+    static __device__ __forceinline__ u32 offset(int row, int chunk) {
+        return row * kHeadDim + (chunk ^ (kCopyChunks == 8 ? row % 2 * 4 : 0)) * 16;
+    }
+    __device__ __forceinline__ u32 offset(int pass) const { return lane_offset + pass * kWarpSize * 16; }
+};
+constexpr int kCopyRowBytes = kHeadDim;
+#else
+using CopyPlace = PanelPlace<kTileTokens, kChunks>;
+constexpr int kCopyRowBytes = kPanelRowBytes;
+#endif
+
+// A warp that gathers its part of tiles, and of every item's queries. The places of a tile of 64 tokens take longer to find
+// than its copies to start: so each warp is at another tile. Larger ones come sooner when all warps start their copies.
 struct Producer {
-    using Place = PanelPlace<kTileTokens, kChunks>;
+    using Place = CopyPlace;
+    // A thread arrives when its copies are there; for what warps store beside the keys, they arrive once more.
+    static constexpr int kKeyArrivals = kTileWarps * (kWarpSize + 1), kValueArrivals = kTileWarps * kWarpSize;
     const WorkParams& p;
     Shared& s;
     int warp, lane;
-    Ring<kKeyStages> keys;  // the places of the next tile
+    int part;  // of a tile
+    Ring<kKeyStages> keys;  // the places of this warp's next tile
     Ring<kValueStages> values;
+    int tile;               // its number among all that the worker has
     Place place;
     i64 k, v;  // addresses of this lane's chunk of row 0, for the item's KV head
     int k_stride, v_stride;  // bytes
 
-    // This warp's share of a tile.
-    struct Share {
-        int count;  // tokens; the rest is zero
-        int row;    // of K and V: the token's that this lane knows
-        int run;    // where all rows follow one another: the first; else -1
+    // Where the tokens of a part come from, and who sees them. A lane knows tokens lane, lane + 32, ..
+    struct Places {
+        int count;                 // tokens; the rest is zero
+        int run;                   // where all rows of K and V follow one another: the first; else -1
+        int row[kLaneTokens];
+        int visible[kLaneTokens];  // as two bytes: the first row that sees the token, and how many do
     };
 
     __device__ __forceinline__ Producer(const WorkParams& p, Shared& s)
         : p(p), s(s), warp(threadIdx.x / kWarpSize - kConsumerWarps), lane(threadIdx.x % kWarpSize),
-          place(warp * kWarpTokens, lane), k_stride(int(p.k_stride_token) * 2), v_stride(int(p.v_stride_token) * 2) {}
+          part(warp % kTileWarps), tile(warp / kTileWarps), place(part * kWarpTokens, lane),
+          k_stride(int(p.k_stride_token) * int(sizeof(KVBits))), v_stride(int(p.v_stride_token) * int(sizeof(KVBits))) {
+        keys.advance(tile);
+        values.advance(tile);
+    }
 
     __device__ __forceinline__ void run() {
         // Turns count the items that have tokens: only there do consumers wait for producers, and a barrier's parity does
         // not tell a phase from the one after the next.
         int turn = 0;
+        int first = 0;  // of the item's tiles
         for (int index = blockIdx.x; index >= 0;) {
             const WorkItem item = p.items[index];
             if (item.tokens > 0) {
-                barrier_wait(s.q_empty[turn % 2], turn / 2 % 2 ^ 1);
-                load_item(item, turn % 2);
+                load_queries(item, turn % 2, turn / 2 % 2);
+                load_tiles(item, first);
+                first += ceil_div(item.tokens, kTileTokens);
                 ++turn;
             }
             index = item.next;
         }
     }
 
-    __device__ __forceinline__ void load_item(const WorkItem& item, int slot) {
-        const QueryRow query(p, item, warp * kWarpRows + lane % kWarpRows);
-        k = i64(p.k + item.kv_head * p.k_stride_head + lane % kChunks * 8);
-        v = i64(p.v + item.kv_head * p.v_stride_head + lane % kChunks * 8);
-        SegmentStream segments(p, item, lane);
-#pragma unroll 1
-        for (int begin = 0; begin < item.tokens; begin += kTileTokens) {
-            barrier_wait(s.k_empty[keys.stage], keys.parity ^ 1);
-            const Share share = lay_out(item, segments, begin, min(begin + kTileTokens, item.tokens));
-            copy_share(share, s.k[keys.stage], k, k_stride);
-            if (begin == 0) load_queries(query, slot);
-            __syncwarp();  // the tile's view is written
-            arrive_after_copies(shared_address(&s.k_full[keys.stage]));
-            if (lane == 0) barrier_arrive(s.k_full[keys.stage]);
-            barrier_wait(s.v_empty[values.stage], values.parity ^ 1);
-            copy_share(share, s.v[values.stage], v, v_stride);
-            arrive_after_copies(shared_address(&s.v_full[values.stage]));
-            keys.advance(1);
-            values.advance(1);
-        }
-    }
-
-    // Starts the copy of this warp's share of an item's queries, whose rows its lanes hold; rows past the last are zero.
-    // They arrive with the item's first keys.
-    __device__ __forceinline__ void load_queries(const QueryRow& own, int slot) {
+    // Starts the copies of this warp's share of an item's queries, a row's place a lane; rows past the last are zero.
+    __device__ __forceinline__ void load_queries(const WorkItem& item, int slot, int parity) {
         using Place = PanelPlace<kRows, kChunks>;
+        const QueryRow own(p, item, warp * kWarpRows + lane % kWarpRows);
         const Place to(warp * kWarpRows, lane);
         const u32 tile = shared_address(s.q[slot]);
         const i64 offset = own.valid ? own.request * p.q_stride_request + own.head * p.q_stride_head : -1;
+        barrier_wait(s.q_empty[slot], parity ^ 1);
 #pragma unroll
         for (int pass = 0; pass < kWarpRows / Place::kRowsPerPass; ++pass) {
             const i64 from = __shfl_sync(0xffffffffu, offset, pass * Place::kRowsPerPass + lane / kChunks);
             copy_async_16(tile + to.offset(pass), p.q + max(from, i64(0)) + lane % kChunks * 8, from >= 0);
         }
+        arrive_after_copies(shared_address(&s.q_full[slot]));
     }
 
-    // Finds this warp's share of the tile of tokens [begin, end) of the item, and notes who sees them: those past the
-    // item's last, nobody.
-    __device__ __forceinline__ Share lay_out(const WorkItem& item, SegmentStream& segments, int begin, int end) {
-        const int first = begin + warp * kWarpTokens;
-        const int own = first + lane % kWarpTokens;
-        const int num_rows = item.num_requests * p.group;
-        Share share{end - first, 0, -1};
-        int visible = 0;  // as two bytes: the first row that sees the token, and how many do
-        TileView view{kRows, 0, 0, end - begin < kTileTokens ? 0 : kRows};
+    // first: the number of the item's first tile.
+    __device__ __forceinline__ void load_tiles(const WorkItem& item, int first) {
+        choose_head(item.kv_head);
+        SegmentStream segments(p, item, lane);
+#pragma unroll 1
+        for (int begin = (tile - first) * kTileTokens; begin < item.tokens; begin += kTilesAtATime * kTileTokens) {
+            const Places places = find(segments, begin, item.tokens);
+            barrier_wait(s.k_empty[keys.stage], keys.parity ^ 1);
+            note(places, item.num_requests * p.group);
+            copy(places, shared_address(s.k[keys.stage]), k, k_stride);
+            __syncwarp();  // the tile's view is written
+            arrive_after_copies(shared_address(&s.k_full[keys.stage]));
+            if (lane == 0) barrier_arrive(s.k_full[keys.stage]);
+            barrier_wait(s.v_empty[values.stage], values.parity ^ 1);
+            copy(places, shared_address(s.v[values.stage]), v, v_stride);
+            arrive_after_copies(shared_address(&s.v_full[values.stage]));
+            tile += kTilesAtATime;
+            keys.advance(kTilesAtATime);
+            values.advance(kTilesAtATime);
+        }
+    }
+
+    __device__ __forceinline__ void choose_head(int kv_head) {
+        const int column = lane % kCopyChunks * (16 / int(sizeof(KVBits)));
+        k = i64(p.k + kv_head * p.k_stride_head + column);
+        v = i64(p.v + kv_head * p.v_stride_head + column);
+    }
+
+    // Finds this warp's part of the tile that begins with the item's token `first`. Tokens past the last, nobody sees.
+    __device__ __forceinline__ Places find(SegmentStream& segments, int first, int tokens) const {
+        const int begin = first + part * kWarpTokens, end = min(begin + kWarpTokens, tokens);
+        Places places;
+        places.count = end - begin;
+        places.run = -1;
+#pragma unroll
+        for (int i = 0; i < kLaneTokens; ++i) places.row[i] = places.visible[i] = 0;
+        if (begin >= end) return places;
+        while (segments.end() <= begin) segments.advance(segments.end(), lane);
         const u32 whole = __ballot_sync(0xffffffffu, segments.held_begin <= begin && segments.held_end >= end);
         if (whole != 0) {
             const int from = __ffs(whole) - 1;
-            const int row = __shfl_sync(0xffffffffu, segments.shift(), from) + first;
+            const int row = __shfl_sync(0xffffffffu, segments.shift(), from) + begin;
             const int rows = __shfl_sync(0xffffffffu, segments.visible(), from);
-            share.row = row + lane % kWarpTokens;
-            if (own < end) visible = rows;
-            if (share.count >= kWarpTokens) share.run = row;
-            view.add(rows & 0xff, (rows & 0xff) + (rows >> 8), num_rows);
+            if (places.count == kWarpTokens) places.run = row;
+#pragma unroll
+            for (int i = 0; i < kLaneTokens; ++i) {
+                const int token = i * kWarpSize + lane;
+                places.row[i] = row + token;
+                places.visible[i] = token < places.count ? rows : 0;
+            }
         } else {
-            search(segments, begin, end, num_rows, own, share, visible, view);
+            search(segments, begin, end, places);
         }
-        if (lane < kWarpTokens) s.visible[keys.view()][warp * kWarpTokens + lane] = u16(visible);
-        if (warp == 0 && lane == 0) s.view[keys.view()] = view;
-        return share;
+        return places;
     }
-    // The same for a tile of several segments.
-    __device__ __forceinline__ void search(SegmentStream& segments, int begin, int end, int num_rows, int own, Share& share,
-                                           int& visible, TileView& view) {
+    // The same for tokens of several segments.
+    __device__ __forceinline__ void search(SegmentStream& segments, int begin, int end, Places& places) const {
         for (int held_from = begin;;) {
             const int held_to = segments.end();
-            const int from = segments.find(own);
-            const int row = __shfl_sync(0xffffffffu, segments.shift(), from) + own;
-            const int rows = __shfl_sync(0xffffffffu, segments.visible(), from);
-            if (own >= held_from && own < min(held_to, end)) {
-                share.row = row;
-                visible = rows;
-            }
-            if (warp == 0 && max(segments.held_begin, begin) < min(segments.held_end, end)) {
-                view.add(segments.held.row_begin, segments.held.row_end, num_rows);
+#pragma unroll
+            for (int i = 0; i < kLaneTokens; ++i) {
+                const int own = begin + i * kWarpSize + lane;
+                const int from = segments.find(own);
+                const int row = __shfl_sync(0xffffffffu, segments.shift(), from) + own;
+                const int rows = __shfl_sync(0xffffffffu, segments.visible(), from);
+                if (own >= held_from && own < min(held_to, end)) {
+                    places.row[i] = row;
+                    places.visible[i] = rows;
+                }
             }
             if (held_to >= end) break;
             segments.advance(held_to, lane);
             held_from = held_to;
         }
-        const int run = __shfl_sync(0xffffffffu, share.row, 0);
-        const bool follows = share.row == run + lane % kWarpTokens;
-        if (__all_sync(0xffffffffu, follows) && share.count >= kWarpTokens) share.run = run;
-        if (warp == 0) view.reduce();
+        const int run = __shfl_sync(0xffffffffu, places.row[0], 0);
+        bool follows = places.count == kWarpTokens;
+#pragma unroll
+        for (int i = 0; i < kLaneTokens; ++i) follows = follows && places.row[i] == run + i * kWarpSize + lane;
+        if (__all_sync(0xffffffffu, follows)) places.run = run;
     }
 
-    // Starts the copy of this warp's share of a tile.
-    __device__ __forceinline__ void copy_share(const Share& share, const void* tile, i64 base, int stride) const {
-        const u32 to = shared_address(tile);
-        constexpr int kPasses = kWarpTokens / Place::kRowsPerPass;
-        if (share.run >= 0) {
-            const i64 step = i64(stride) * Place::kRowsPerPass;
-            i64 from = row_address(base, share.run + lane / kChunks, stride);
+    // Notes who sees the tokens. What rows past the last compute is never looked at.
+    __device__ __forceinline__ void note(const Places& places, int num_rows) {
+        u32 seen_by = 0, whole = (1u << kRows / kChunkRows) - 1;
 #pragma unroll
-            for (int pass = 0; pass < kPasses; ++pass, from += step) {
-                ::copy_async_16(to + place.offset(pass), reinterpret_cast<const void*>(from));
-            }
-        } else {
+        for (int i = 0; i < kLaneTokens; ++i) {
+            const int begin = places.visible[i] & 0xff, count = places.visible[i] >> 8;
+            const int end = begin + count < num_rows ? begin + count : kRows;
+            const u32 some = count > 0 ? (2u << (begin + count - 1) / kChunkRows) - (1u << begin / kChunkRows) : 0;
+            seen_by |= some << (i * kWarpSize + lane) / kChunkTokens * 8;
+            const int first_whole = ceil_div(begin, kChunkRows);
+            whole &= count > 0 ? (1u << max(end / kChunkRows, first_whole)) - (1u << first_whole) : 0;
+            s.visible[keys.view()][part * kWarpTokens + i * kWarpSize + lane] = u16(places.visible[i]);
+        }
+        seen_by = __reduce_or_sync(0xffffffffu, seen_by);
+        whole = __reduce_and_sync(0xffffffffu, whole);
+        TileView& view = s.view[keys.view()];
+        constexpr int kPartChunks = kWarpTokens / kChunkTokens;
+        if (lane < kPartChunks) view.seen_by[part * kPartChunks + lane] = (unsigned char)(seen_by >> lane * 8);
+        if (lane == 0) view.whole[part] = (unsigned char)whole;
+    }
+
+    // Starts the copies of this warp's part, 32 tokens at a time: more code would not stay in the instruction cache.
+    __device__ __forceinline__ void copy(Places places, u32 to, i64 base, int stride) const {
+        constexpr int kPasses = kWarpSize / Place::kRowsPerPass;
+        const i64 step = i64(stride) * Place::kRowsPerPass;
+        i64 from = row_address(base, places.run + lane / kCopyChunks, stride);
+#pragma unroll 1
+        for (int first = 0; first < kWarpTokens; first += kWarpSize, to += kWarpSize * kCopyRowBytes) {
+            if (places.run >= 0) {
 #pragma unroll
-            for (int pass = 0; pass < kPasses; ++pass) {
-                const int in_warp = pass * Place::kRowsPerPass + lane / kChunks;
-                const int row = __shfl_sync(0xffffffffu, share.row, in_warp);
-                copy_async_16(to + place.offset(pass), reinterpret_cast<const void*>(row_address(base, row, stride)),
-                              in_warp < share.count);
+                for (int pass = 0; pass < kPasses; ++pass, from += step) {
+                    ::copy_async_16(to + place.offset(pass), reinterpret_cast<const void*>(from));
+                }
+            } else {
+#pragma unroll
+                for (int pass = 0; pass < kPasses; ++pass) {
+                    const int token = pass * Place::kRowsPerPass + lane / kCopyChunks;
+                    const int row = __shfl_sync(0xffffffffu, places.row[0], token);
+                    copy_async_16(to + place.offset(pass), reinterpret_cast<const void*>(row_address(base, row, stride)),
+                                  first + token < places.count);
+                }
+#pragma unroll
+                for (int i = 1; i < kLaneTokens; ++i) places.row[i - 1] = places.row[i];
             }
         }
     }

@@ -16,7 +16,17 @@ import numpy as np
 
 from fasttree_cupy.execution import dlpack, streams
 
-__all__ = ["DTYPES", "ArrayView", "as_numpy", "device_of", "empty", "framework_of", "hand_back", "view"]
+__all__ = [
+    "DTYPES",
+    "ArrayView",
+    "aligned_empty",
+    "as_numpy",
+    "device_of",
+    "empty",
+    "framework_of",
+    "hand_back",
+    "view",
+]
 
 # The dtypes an array may have, by name. Which of them an argument takes is for its function to check.
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -24,6 +34,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float32": np.dtype(np.float32),
     "int32": np.dtype(np.int32),
+    "int8": np.dtype(np.int8),
+    "uint8": np.dtype(np.uint8),
     "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
     "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
 }
@@ -153,8 +165,7 @@ def _view_torch(tensor: Any, stream: streams.WorkStream | None) -> ArrayView:
         raise TypeError(f"a dense tensor is needed, got layout {tensor.layout}")
     if tensor.is_neg():  # a lazily negated view, as .imag of a conjugate is
         raise TypeError("the tensor is negated lazily, resolve it first: its memory holds the negative")
-    dtype = _dtype_name(tensor.dtype)
-    device = _torch_device(tensor)
+    dtype, device = _dtype_name(tensor.dtype), _torch_device(tensor)
     pointer, size = tensor.data_ptr(), tensor.element_size()
     if pointer % size:
         raise ValueError(f"elements must lie at multiples of their size ({size} bytes), got address {pointer:#x}")
@@ -253,14 +264,15 @@ def empty(shape: tuple[int, ...], dtype: str, like: ArrayView) -> Any:
         torch = sys.modules["torch"]
         return torch.empty(shape, dtype=getattr(torch, dtype), device=torch.device(kind, index))
     if kind == "cpu":
-        return _aligned_empty(shape, DTYPES[dtype])
+        return aligned_empty(shape, DTYPES[dtype])
     import cupy
 
     with cupy.cuda.Device(index):
         return cupy.empty(shape, DTYPES[dtype])
 
 
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """A NumPy array whose memory JAX takes over without a copy; contents undefined."""
     size = prod(shape) * dtype.itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT

@@ -1,7 +1,7 @@
 """Stage 1 and stage 2 on the CPU: the metadata of the CUDA kernels, NumPy arrays, float32 inside, all cores.
 
 One work item is a vnode and a KV head. It reads K and V in tiles of `_TILE_TOKENS` rows, widens them from
-their 16 bits to float32 and keeps one online softmax a query row, so that its buffers stay in the L2 cache
+their 8 or 16 bits to float32 and keeps one online softmax a query row, so that its buffers stay in the L2 cache
 whatever the vnode's size.
 """
 
@@ -24,7 +24,7 @@ __all__ = ["check_metadata", "decode", "run"]
 Array = npt.NDArray[Any]
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
-Bits = npt.NDArray[np.uint16]
+Bits = npt.NDArray[np.uint16] | npt.NDArray[np.uint8]
 
 _TILE_TOKENS = 128
 _TILE_ROWS = 256
@@ -43,6 +43,8 @@ def decode(
     logit_cap: float = -1.0,
     lse: Float32Array | None = None,
     requests: Int32Array | None = None,
+    k_scale: float | Float32Array = 1.0,
+    v_scale: float | Float32Array = 1.0,
 ) -> None:
     """Attention of every request over its path; a request without a vnode gets 0. The arguments are trusted.
 
@@ -51,8 +53,8 @@ def decode(
     q, o
         (batch_size, num_qo_heads, head_dim), float16 or bfloat16. `o` is written; it may be `q` itself.
     k, v
-        (num_tokens, num_kv_heads, head_dim), dtype of `q`. These four may have any strides, also negative,
-        that are multiples of two bytes, but a contiguous last axis.
+        (num_tokens, num_kv_heads, head_dim), dtype of `q` or both of one of ml_dtypes' float8 types. These four may
+        have any strides, also negative, that are multiples of an element's size, but a contiguous last axis.
     metadata
         The documented 13 values as contiguous NumPy arrays: int32, `mid_o` and `mid_lse` float32. Those two
         are written: the normalised partial outputs and their natural-log LSE. All vnodes run, whatever their
@@ -65,9 +67,13 @@ def decode(
         (batch_size, num_qo_heads), float32: written where given, the natural-log LSE.
     requests
         int32: the requests of the lists of partial outputs, whose rows alone are written; by default 0, 1, ...
+    k_scale, v_scale
+        Factor of `k` or `v`, or an array of one for each KV head.
     """
     m = metadata
-    inputs = _Inputs(_rows(q), _rows(k), _rows(v), q.dtype != np.float16, float(sm_scale), float(logit_cap))
+    k_scales, v_scales = (np.full(k.shape[1], scale, np.float32) for scale in (k_scale, v_scale))
+    numbers = (q.dtype != np.float16, _float8_values(k.dtype), k_scales, v_scales, float(sm_scale), float(logit_cap))
+    inputs = _Inputs(_rows(q), _rows(k), _rows(v), *numbers)
     kv_lists = _Lists(m.vnode_to_kv_entries, m.vnode_to_kv_offs, m.vnode_to_kv_lens)
     q_lists = _Lists(m.vnode_to_q_entries, m.vnode_to_q_offs, m.vnode_to_q_lens)
     mid_lists = _Lists(m.req_to_vnode_entries, m.req_to_vnode_offs, m.req_to_vnode_lens)
@@ -82,7 +88,10 @@ def run(operands: Operands, metadata: MetadataTuple, requests: Int32Array | None
     """Decode arrays of any framework that lie on the CPU; `metadata` holds NumPy arrays. `requests`: see `decode`."""
     q, k, v, o = as_numpy(operands.q), as_numpy(operands.k), as_numpy(operands.v), as_numpy(operands.o)
     lse = None if operands.lse is None else as_numpy(operands.lse)
-    decode(q, k, v, o, metadata, operands.sm_scale, operands.logit_cap, lse, requests)
+    k_scale, v_scale = (
+        scale if isinstance(scale, float) else as_numpy(scale) for scale in (operands.k_scale, operands.v_scale)
+    )
+    decode(q, k, v, o, metadata, operands.sm_scale, operands.logit_cap, lse, requests, k_scale, v_scale)
 
 
 def check_metadata(metadata: MetadataTuple, num_tokens: int, batch_size: int) -> None:
@@ -141,7 +150,7 @@ class _Lists(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Element (i, h, d) of a 16-bit array is bits[start + i * row_stride + h * head_stride + d]."""
+    """Element (i, h, d) of an array is bits[start + i * row_stride + h * head_stride + d]."""
 
     bits: Bits
     start: int
@@ -154,17 +163,28 @@ class _Inputs(NamedTuple):
     k: _Rows
     v: _Rows
     bfloat16: bool
+    float8: Float32Array  # the 256 values of float8 K and V; empty: they have the type of Q
+    k_scales: Float32Array
+    v_scales: Float32Array
     sm_scale: float
     logit_cap: float
 
 
+def _float8_values(dtype: np.dtype[Any]) -> Float32Array:
+    """The values of all bytes as a float8 type; none for a 16-bit one."""
+    if dtype.itemsize > 1:
+        return np.empty(0, np.float32)
+    return np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
+
+
 def _rows(array: Array, *, writeable: bool = False) -> _Rows:
     """Flatten without a copy, so that Numba compiles once and not for each combination of layouts."""
-    row_stride, head_stride = (stride // 2 for stride in array.strides[:2])
-    upward = array[:: -1 if row_stride < 0 else 1, :: -1 if head_stride < 0 else 1].view(np.uint16)
-    last = [(n - 1) * stride // 2 for n, stride in zip(upward.shape, upward.strides, strict=True)]
+    size = array.itemsize
+    row_stride, head_stride = (stride // size for stride in array.strides[:2])
+    upward = array[:: -1 if row_stride < 0 else 1, :: -1 if head_stride < 0 else 1].view(f"u{size}")
+    last = [(n - 1) * stride // size for n, stride in zip(upward.shape, upward.strides, strict=True)]
     extent = sum(last) + 1 if array.size else 0
-    bits = np.lib.stride_tricks.as_strided(upward, (extent,), (2,), writeable=writeable)
+    bits = np.lib.stride_tricks.as_strided(upward, (extent,), (size,), writeable=writeable)
     start = (last[0] if row_stride < 0 else 0) + (last[1] if head_stride < 0 else 0)
     return _Rows(bits, start, row_stride, head_stride)
 
@@ -194,6 +214,9 @@ def _stage1(
     k: _Rows,
     v: _Rows,
     bfloat16: bool,
+    float8: Float32Array,
+    k_scales: Float32Array,
+    v_scales: Float32Array,
     sm_scale: float,
     logit_cap: float,
     num_kv_heads: int,
@@ -209,7 +232,7 @@ def _stage1(
     # Numba gives each thread a contiguous share, and long vnodes come first: deal the items out in turn.
     for thread in prange(num_threads):
         # Built inside: Numba passes no nested tuple into a parallel loop.
-        inputs = _Inputs(q, k, v, bfloat16, sm_scale, logit_cap)
+        inputs = _Inputs(q, k, v, bfloat16, float8, k_scales, v_scales, sm_scale, logit_cap)
         for item in range(thread, num_kv_heads * len(kv_lists.offs), num_threads):
             vnode, kv_head = item // num_kv_heads, item % num_kv_heads
             tokens = _members(kv_lists, vnode)
@@ -246,7 +269,7 @@ def _attend(
     for row in range(rows):
         head = kv_head * group + row % group
         _load_row(inputs.q, inputs.bfloat16, requests[row // group], head, query[row])
-        query[row] *= np.float32(inputs.sm_scale)
+        query[row] *= np.float32(inputs.sm_scale) * inputs.k_scales[kv_head]
     acc = np.zeros_like(query)
     top = np.full(rows, -np.inf, np.float32)
     total = np.zeros(rows, np.float32)
@@ -258,7 +281,7 @@ def _attend(
         chosen = tokens[first : first + _TILE_TOKENS]
         count, padded = len(chosen), _round_up(len(chosen))
         for i in range(count):
-            _load_row(inputs.k, inputs.bfloat16, chosen[i], kv_head, tile[i])
+            _load_kv(inputs.k, inputs, chosen[i], kv_head, tile[i])
         for d in range(head_dim):
             for i in range(count):
                 keys[d, i] = tile[i, d]
@@ -268,13 +291,13 @@ def _attend(
             fold = _fold(scores[row, :count], inputs.logit_cap, total[row], top[row], acc[row])
             total[row], top[row] = fold
         for i in range(count):
-            _load_row(inputs.v, inputs.bfloat16, chosen[i], kv_head, tile[i])
+            _load_kv(inputs.v, inputs, chosen[i], kv_head, tile[i])
         tile[count:padded] = 0
         _multiply_add(scores, tile, acc, padded, head_dim)
 
     for row in range(rows):
         i, g = row // group, row % group
-        out[i, g] = acc[row] / (total[row] if total[row] != 0 else np.float32(1))
+        out[i, g] = acc[row] / (total[row] if total[row] != 0 else np.float32(1)) * inputs.v_scales[kv_head]
         lse[i, g] = top[row] + np.log(total[row])  # -inf where there was no token
 
 
@@ -395,6 +418,17 @@ def _load_row(source: _Rows, bfloat16: bool, row: int, head: int, out: Float32Ar
     else:
         for d in range(len(out)):
             out[d] = _from_float16(bits[d])
+
+
+@njit(cache=True)
+def _load_kv(source: _Rows, inputs: _Inputs, row: int, head: int, out: Float32Array) -> None:
+    if len(inputs.float8) == 0:
+        _load_row(source, inputs.bfloat16, row, head, out)
+        return
+    start = source.start + row * source.row_stride + head * source.head_stride
+    bits = source.bits[start : start + len(out)]
+    for d in range(len(out)):
+        out[d] = inputs.float8[bits[d]]
 
 
 @njit(cache=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import struct
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from .arrays import DTYPES
 from .kernels import (
     MMA_COMPUTE_CAPABILITY,
     KernelConfig,
@@ -42,6 +44,7 @@ STAGE1_PARAMS = np.dtype(
     + [(name, np.uint64) for name in ("mid_o", "mid_lse")]
     + [(name, np.int64) for name in ("q_request", "q_head", "k_token", "k_head", "v_token", "v_head")]
     + [("first_vnode", np.int32), ("group", np.int32), ("sm_scale", np.float32), ("logit_cap", np.float32)]
+    + [("k_scales", np.uint64), ("v_scales", np.uint64), ("v_scale", np.float32), ("padding", np.int32)]
 )
 STAGE2_PARAMS = np.dtype(
     [(name, np.uint64) for name in ("mid_o", "mid_lse", "entries", "offs", "lens", "requests", "o", "lse")]
@@ -54,7 +57,7 @@ TREE_DECODE_PARAMS = np.dtype(
     + [(name, np.int64) for name in ("q_request", "q_head", "k_token", "k_head", "v_token", "v_head")]
     + [(name, np.int64) for name in ("o_request", "o_head")]
     + [("kv_heads", np.int32), ("group", np.int32), ("sm_scale", np.float32), ("logit_cap", np.float32)]
-    + [("o_aligned", np.int32), ("padding", np.int32)]
+    + [("o_aligned", np.int32), ("v_scale", np.float32), ("k_scales", np.uint64), ("v_scales", np.uint64)]
 )
 WORK_POINTERS = ("q", "k", "v", "o", "mid_o", "mid_lse", "lse", "counters", "items", "segments", "request_order")
 WORK_PARAMS = np.dtype(
@@ -62,7 +65,8 @@ WORK_PARAMS = np.dtype(
     + [(name, np.int64) for name in ("q_request", "q_head", "k_token", "k_head", "v_token", "v_head")]
     + [(name, np.int64) for name in ("o_request", "o_head")]
     + [("num_segments", np.int32), ("group", np.int32), ("sm_scale", np.float32), ("logit_cap", np.float32)]
-    + [("o_aligned", np.int32), ("qo_heads", np.int32), ("polls", np.int32), ("padding", np.int32)]
+    + [("o_aligned", np.int32), ("qo_heads", np.int32), ("polls", np.int32)]
+    + [("v_scale", np.float32), ("k_scales", np.uint64), ("v_scales", np.uint64)]
 )
 MERGE_POLLS = 128
 """How often a worker of ``tree_decode_sm90`` looks whether it may merge with others, 0.5 us or more each: workers that
@@ -90,6 +94,25 @@ def multiprocessors(device: int) -> int:
     return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
 
 
+class KernelScales(NamedTuple):
+    """How the kernels take the factors of Q K^T and V."""
+
+    sm_scale: float
+    """With the factor of K, where that is a number."""
+    v_scale: float
+    k_scales: int
+    """Pointer to each KV head's factor; 0: none."""
+    v_scales: int
+
+
+def kernel_scales(operands: Operands) -> KernelScales:
+    """The factors as the kernels take them."""
+    k, v = operands.k_scale, operands.v_scale
+    k_number, k_pointer = (k, 0) if isinstance(k, float) else (1.0, k.pointer)
+    v_number, v_pointer = (v, 0) if isinstance(v, float) else (1.0, v.pointer)
+    return KernelScales(operands.sm_scale * k_number, v_number, k_pointer, v_pointer)
+
+
 def check_kernel(kernel: str, inputs: Mapping[str, ArrayView]) -> str:
     """Return the stage-1 kernel to run on Q, K and V, ``"mma"`` or ``"plain"``.
 
@@ -114,11 +137,11 @@ def pointer_of(view: ArrayView | None) -> int:
 
 
 def is_aligned(view: ArrayView) -> bool:
-    """Whether every row of a 16-bit array starts at a multiple of `VECTOR_BYTES`."""
-    addresses = view.pointer
-    for length, stride in zip(view.shape[:2], view.strides[:2], strict=True):
-        if length > 1:  # else no address depends on the stride
-            addresses |= stride * 2
+    """Whether every row starts at a multiple of `VECTOR_BYTES`."""
+    (rows, heads), (row, head) = view.shape[:2], view.strides[:2]
+    size = DTYPES[view.dtype].itemsize
+    # Where there is but one, no address depends on the stride.
+    addresses = view.pointer | (size * row if rows > 1 else 0) | (size * head if heads > 1 else 0)
     return addresses % VECTOR_BYTES == 0
 
 
@@ -183,21 +206,23 @@ def launch_stage1(
     kernel: str,
 ) -> None:
     """Attend the vnodes ``[first_vnode, first_vnode + count)``, those of one phase."""
-    q, k, v, _, sm_scale, logit_cap, _ = operands
+    q, k, v, _, _, logit_cap = operands[:6]
+    scales = kernel_scales(operands)
     num_qo_heads, head_dim = q.shape[1:]
     num_kv_heads = k.shape[1]
     group = num_qo_heads // num_kv_heads
     rows = q_tile_size * group
     if kernel == "mma":
         tile = choose_tile(rows, count * num_kv_heads, multiprocessors(q.device[1]), head_dim)
-        launch = stage1_launch("stage1_mma", q.dtype, head_dim, tile, logit_cap > 0, q.device[1])
+        launch = stage1_launch("stage1_mma", q.dtype, head_dim, tile, logit_cap > 0, None, q.device[1])
         row_blocks = -(-rows // tile.rows)
     else:
-        launch = stage1_launch("stage1_plain", q.dtype, head_dim, None, logit_cap > 0, q.device[1])
+        launch = stage1_launch("stage1_plain", q.dtype, head_dim, None, logit_cap > 0, operands.kv_dtype, q.device[1])
         row_blocks = -(-rows // PLAIN_ROWS)
     pointers = (q.pointer, k.pointer, v.pointer, *(view.pointer for view in (*metadata[:6], *metadata[9:11])))
     strides = (*q.strides[:2], *k.strides[:2], *v.strides[:2])
-    params = np.array((*pointers, *strides, first_vnode, group, sm_scale, logit_cap), STAGE1_PARAMS)
+    numbers = (first_vnode, group, scales.sm_scale, logit_cap, scales.k_scales, scales.v_scales, scales.v_scale, 0)
+    params = packed((*pointers, *strides, *numbers), STAGE1_PARAMS)
     # A vnode with more rows than the grid covers is walked in steps: too small a tile size drops no query.
     launch((count, num_kv_heads, min(row_blocks, MAX_GRID_Z)), params)
 
@@ -221,7 +246,7 @@ def launch_stage2(operands: Operands, mid: Sequence[int], lists: Sequence[int], 
     o = operands.o
     _, num_qo_heads, head_dim = o.shape
     pointers = (*mid, *lists, requests, o.pointer, pointer_of(operands.lse))
-    params = np.array((*pointers, *o.strides[:2], merges, num_qo_heads, is_aligned(o), 0), STAGE2_PARAMS)
+    params = packed((*pointers, *o.strides[:2], merges, num_qo_heads, is_aligned(o), 0), STAGE2_PARAMS)
     grid = (-(-merges * num_qo_heads // STAGE2_ROWS), 1, 1)
     stage2_launch(o.dtype, head_dim, o.device[1])(grid, params)
 
@@ -273,14 +298,15 @@ def launch_tree_decode(
     block_warps : int
         Warps of a block.
     """
-    q, k, v, o, sm_scale, logit_cap, lse = operands
+    q, k, v, o, _, logit_cap, lse = operands[:7]
+    scales = kernel_scales(operands)
     num_qo_heads, head_dim = q.shape[1:]
     num_kv_heads = k.shape[1]
     pointers = (q.pointer, k.pointer, v.pointer, o.pointer, *mid, pointer_of(lse), *lists)
     strides = (*q.strides[:2], *k.strides[:2], *v.strides[:2], *o.strides[:2])
-    numbers = (num_kv_heads, num_qo_heads // num_kv_heads, sm_scale, logit_cap, is_aligned(o), 0)
-    params = np.array((*pointers, *strides, *numbers), TREE_DECODE_PARAMS)
-    launch = tree_decode_launch(q.dtype, head_dim, block_warps, logit_cap > 0, q.device[1])
+    numbers = (num_kv_heads, num_qo_heads // num_kv_heads, scales.sm_scale, logit_cap, is_aligned(o), *scales[1:])
+    params = packed((*pointers, *strides, *numbers), TREE_DECODE_PARAMS)
+    launch = tree_decode_launch(q.dtype, head_dim, block_warps, logit_cap > 0, operands.kv_dtype, q.device[1])
     launch((num_items * num_kv_heads, 1, 1), params)
 
 
@@ -308,13 +334,15 @@ def run_workers(
     stream : WorkStream
         CUDA stream to launch on.
     """
-    q, k, v, o, sm_scale, logit_cap, lse = operands
+    q, k, v, o, _, logit_cap, lse = operands[:7]
+    scales = kernel_scales(operands)
     num_qo_heads, head_dim = q.shape[1:]
     pointers = (q.pointer, k.pointer, v.pointer, o.pointer, *mid, pointer_of(lse), *lists)
     strides = (*q.strides[:2], *k.strides[:2], *v.strides[:2], *o.strides[:2])
-    numbers = (num_segments, num_qo_heads // k.shape[1], sm_scale, logit_cap, is_aligned(o), num_qo_heads)
-    params = np.array((*pointers, *strides, *numbers, MERGE_POLLS, 0), WORK_PARAMS)
-    launch = worker_launch(q.dtype, head_dim, row_groups, logit_cap > 0 or sm_scale < 0, q.device[1])
+    numbers = (num_segments, num_qo_heads // k.shape[1], scales.sm_scale, logit_cap, is_aligned(o), num_qo_heads)
+    params = packed((*pointers, *strides, *numbers, MERGE_POLLS, *scales[1:]), WORK_PARAMS)
+    soft_cap = logit_cap > 0 or scales.sm_scale < 0
+    launch = worker_launch(q.dtype, head_dim, row_groups, soft_cap, operands.kv_dtype, q.device[1])
     with stream.launches():
         launch((workers, 1, 1), params)
 
@@ -336,7 +364,7 @@ def merge_states(states: Sequence[ArrayView], o: ArrayView, lse: ArrayView, stre
         return
     pointers = [view.pointer for view in (*states, o, lse)]
     strides = (*states[0].strides[:2], *states[1].strides[:2])
-    params = np.array((*pointers, *strides, rows * heads, heads, 0), MERGE_STATES_PARAMS)
+    params = packed((*pointers, *strides, rows * heads, heads, 0), MERGE_STATES_PARAMS)
     launch = merge_states_launch(o.dtype, head_dim, o.device[1])
     with stream.launches():
         launch((-(-rows * heads // STAGE2_ROWS), 1, 1), params)
@@ -350,15 +378,26 @@ class Launch(NamedTuple):
     shared_bytes: int
 
     def __call__(self, grid: tuple[int, int, int], params: Any) -> None:
-        """Launch on CuPy's current stream with the kernel's parameter struct passed by value."""
-        # As plain bytes: CuPy asks NumPy for a description of the type, which takes longer for fields than the launch.
-        self.kernel(grid, self.block, (params.view(plain_bytes(params.dtype)),), shared_mem=self.shared_bytes)
+        """Launch on CuPy's current stream with the kernel's parameter struct, from `packed`, passed by value."""
+        self.kernel(grid, self.block, (params,), shared_mem=self.shared_bytes)
+
+
+def packed(values: Sequence[float], fields: np.dtype[Any]) -> Any:
+    """A parameter struct as an array without dimensions or fields.
+
+    CuPy asks NumPy for a description of the type, which takes longer for fields than the launch; and NumPy fills fields
+    four times slower.
+    """
+    layout, plain = struct_of(fields)
+    return np.ndarray((), plain, bytearray(layout.pack(*values)))
 
 
 @functools.cache
-def plain_bytes(struct: np.dtype[Any]) -> np.dtype[Any]:
-    """A dtype of the same size without fields."""
-    return np.dtype((np.void, struct.itemsize))
+def struct_of(fields: np.dtype[Any]) -> tuple[struct.Struct, np.dtype[Any]]:
+    """The struct of these fields, which leave no gaps, and a dtype of its size without fields."""
+    codes = {"u8": "Q", "i8": "q", "i4": "i", "f4": "f"}
+    layout = struct.Struct("=" + "".join(codes[fields[name].str[1:]] for name in fields.names or ()))
+    return layout, np.dtype((np.void, layout.size))
 
 
 def prepare(config: KernelConfig) -> Launch:
@@ -371,21 +410,27 @@ def prepare(config: KernelConfig) -> Launch:
 
 
 @functools.cache
-def worker_launch(dtype: str, head_dim: int, row_groups: int, soft_cap: bool, _device: int) -> Launch:
+def worker_launch(
+    dtype: str, head_dim: int, row_groups: int, soft_cap: bool, kv_dtype: str | None, _device: int
+) -> Launch:
     """``tree_decode_sm90``, ready to launch."""
-    return prepare(worker_config(dtype, head_dim, row_groups, soft_cap))
+    return prepare(worker_config(dtype, head_dim, row_groups, soft_cap, kv_dtype))
 
 
 @functools.cache
-def tree_decode_launch(dtype: str, head_dim: int, block_warps: int, soft_cap: bool, _device: int) -> Launch:
+def tree_decode_launch(
+    dtype: str, head_dim: int, block_warps: int, soft_cap: bool, kv_dtype: str | None, _device: int
+) -> Launch:
     """``tree_decode``, ready to launch."""
-    return prepare(tree_decode_config(dtype, head_dim, block_warps, soft_cap))
+    return prepare(tree_decode_config(dtype, head_dim, block_warps, soft_cap, kv_dtype))
 
 
 @functools.cache
-def stage1_launch(kernel: str, dtype: str, head_dim: int, tile: MmaTile | None, soft_cap: bool, _device: int) -> Launch:
+def stage1_launch(
+    kernel: str, dtype: str, head_dim: int, tile: MmaTile | None, soft_cap: bool, kv_dtype: str | None, _device: int
+) -> Launch:
     """``stage1_mma`` with a tile or ``stage1_plain`` without, ready to launch."""
-    return prepare(KernelConfig(kernel, dtype, head_dim, tile, soft_cap=soft_cap))
+    return prepare(KernelConfig(kernel, dtype, head_dim, tile, soft_cap=soft_cap, kv_dtype=kv_dtype))
 
 
 @functools.cache

@@ -20,7 +20,9 @@ FLAG_READ_ONLY = 1
 
 # (type code, bits) -> the dtype's name, for the dtypes that this package knows.
 _DTYPES = {
+    (0, 8): "int8",
     (0, 32): "int32",
+    (1, 8): "uint8",
     (2, 16): "float16",
     (2, 32): "float32",
     (4, 16): "bfloat16",

@@ -1,4 +1,4 @@
-"""Arrays on a GPU that the host edits while the GPU works on: small changes in one launch, large ones in one copy.
+"""An array on a GPU that the host edits while the GPU works on: small changes in one launch, large ones in one copy.
 
 What the host writes waits in page-locked memory until the GPU gets there, in buffers that are used in turn. The host
 waits for the GPU only where it has come so far ahead that all of them are still to be read.
@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fasttree_cupy.execution.cuda import Launch, prepare
+from fasttree_cupy.execution.cuda import Launch, packed, prepare
 from fasttree_cupy.execution.kernels import edit_config
-from fasttree_cupy.execution.streams import WorkStream, is_capturing
+from fasttree_cupy.execution.streams import WorkStream
 
-__all__ = ["EDIT_PLAN_PARAMS", "EditableArray", "PinnedRing"]
+__all__ = ["EDIT_PLAN_PARAMS", "Edits", "PinnedRing"]
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -78,14 +78,13 @@ class PinnedRing:
         finalizer = weakref.finalize(self, _wait_for, [buffer.event for buffer in self._buffers])
         finalizer.atexit = False
 
-    def take(self, elements: int) -> tuple[int, PinnedBuffer]:
-        """The number of the next buffer, and the buffer, with room for so many elements."""
-        number = self._turn
-        buffer = self._buffers[number]
-        self._turn = (number + 1) % len(self._buffers)
+    def take(self, elements: int) -> PinnedBuffer:
+        """The next buffer, with room for so many elements."""
+        buffer = self._buffers[self._turn]
+        self._turn = (self._turn + 1) % len(self._buffers)
         buffer.event.synchronize()
         buffer.make(elements)
-        return number, buffer
+        return buffer
 
 
 def _wait_for(events: Iterable[Any]) -> None:
@@ -93,72 +92,48 @@ def _wait_for(events: Iterable[Any]) -> None:
         event.synchronize()
 
 
-class EditableArray:
-    """An int32 array on a GPU, of zeros at first, that keeps its place while the host changes it.
+class Edits:
+    """Changes of an int32 array on a GPU, each queued on a stream.
 
     Parameters
     ----------
-    elements, most_edits : int
-        Elements of the array, and most edits of a change.
-    device : int
-        Index of the GPU, which must be CuPy's current device.
+    most_edits : int
+        Most elements that `edit` changes.
     """
 
-    def __init__(self, elements: int, most_edits: int, device: int) -> None:
-        import cupy
-
-        self.array = cupy.zeros(elements, np.int32)
-        cupy.cuda.get_current_stream().synchronize()  # any stream may use it
-        self._device = device
+    def __init__(self, most_edits: int) -> None:
         self._most_edits = most_edits
         self._edits, self._copies = PinnedRing(EDIT_BUFFERS), PinnedRing(COPY_BUFFERS)
-        self._params: dict[int, Any] = {}  # of each buffer of edits: its address never changes
-        self._changed: tuple[int, Any] | None = None  # the last change's stream, and the event after it
 
-    def edit(self, write: Callable[[Int32Array], int], stream: WorkStream) -> None:
+    def edit(self, pointer: int, write: Callable[[Int32Array], int], stream: WorkStream) -> None:
         """Queue a change of some elements.
 
         Parameters
         ----------
+        pointer : int
+            Where the array begins.
         write : callable
             Writes index and value of each edit into an int32 array, no index twice, and returns their number.
         stream : WorkStream
             CUDA stream to work on.
         """
-        number, buffer = self._edits.take(2 * self._most_edits)
+        buffer = self._edits.take(2 * self._most_edits)
         count = write(buffer.array)
         if count == 0:
             return
-        params = self._params.get(number)
-        if params is None:
-            params = np.array((self.array.data.ptr, buffer.pointer, 0, 0), EDIT_PLAN_PARAMS)
-            self._params[number] = params
-        params["count"] = count
-        launch = edit_launch(self._device)
+        params = packed((pointer, buffer.pointer, count, 0), EDIT_PLAN_PARAMS)
         with stream.launches():
-            launch((EDIT_BLOCKS, 1, 1), params)
+            edit_launch(stream.device)((EDIT_BLOCKS, 1, 1), params)
         buffer.sent(stream.handle)
-        self._changed = (stream.handle, buffer.event)
 
-    def replace(self, values: Int32Array, stream: WorkStream) -> None:
-        """Queue a copy of `values` to the array's beginning."""
+    def replace(self, pointer: int, values: Int32Array, stream: WorkStream) -> None:
+        """Queue a copy of `values` to the beginning of the array at `pointer`."""
         import cupy
 
-        _, buffer = self._copies.take(len(values))
+        buffer = self._copies.take(len(values))
         buffer.array[: len(values)] = values
-        cupy.cuda.runtime.memcpyAsync(
-            self.array.data.ptr, buffer.pointer, 4 * len(values), HOST_TO_DEVICE, stream.handle
-        )
+        cupy.cuda.runtime.memcpyAsync(pointer, buffer.pointer, 4 * len(values), HOST_TO_DEVICE, stream.handle)
         buffer.sent(stream.handle)
-        self._changed = (stream.handle, buffer.event)
-
-    def let_wait(self, stream: WorkStream) -> None:
-        """Make a stream wait for the last change, where that is on another one and the stream is not being captured."""
-        if self._changed is None or self._changed[0] == stream.handle or is_capturing(stream.handle):
-            return
-        import cupy
-
-        cupy.cuda.runtime.streamWaitEvent(stream.handle, self._changed[1].ptr)
 
 
 @functools.cache

@@ -28,6 +28,8 @@ FEW_BLOCKS = 5
 """Blocks a multiprocessor up to which splitting a vnode's tokens over four warps pays (bench/NOTES.md)."""
 
 ELEMENT_NAMES = {"float16": "Float16", "bfloat16": "BFloat16"}
+FLOAT8_NAMES = {"float8_e4m3fn": "Float8E4M3", "float8_e5m2": "Float8E5M2"}
+"""What K and V may be beside the type of Q."""
 DEFAULT_SHARED_BYTES = 48 * 1024
 
 MMA_COMPUTE_CAPABILITY = 80
@@ -38,9 +40,12 @@ TREE_DECODE_STAGES = 2
 
 WORKER_COMPUTE_CAPABILITY = 90
 """Compute capability times ten of the GPUs that have ``tree_decode_sm90``'s warpgroup products: these and no others."""
-WORKER_STAGES = {(64, 1): (8, 8), (128, 1): (5, 5), (64, 2): (5, 4), (128, 2): (3, 2)}
+WORKER_STAGES = {(64, 1): (8, 8), (128, 1): (6, 4), (64, 2): (5, 4), (128, 2): (3, 2)}
 """Head dim, row groups -> tiles in the rings of keys and values of ``tree_decode_sm90``: what the shared memory of a
 multiprocessor holds."""
+WORKER_FLOAT8_STAGES = {(64, 1): (8, 8, 4), (128, 1): (2, 4, 4), (64, 2): (4, 4, 4), (128, 2): (2, 2, 2)}
+"""The same where K and V are float8, and the units under way in the ring of each producer warp: a unit is the part
+of a tile's keys or values that the warp gathers, 32 tokens."""
 WORKER_HEAD_DIMS = (64, 128)
 WORKER_ROW_GROUPS = (1, 2)
 WORKER_GROUP_ROWS = 64
@@ -95,7 +100,7 @@ class KernelConfig:
         ``"stage1_mma"``, ``"stage1_plain"``, ``"stage2"``, ``"tree_decode"``, ``"tree_decode_sm90"``,
         ``"merge_states"`` or ``"edit_plan"``: the file under ``cuda_src/`` and the function in it.
     dtype : str
-        Element type of Q, K, V and O: ``"float16"`` or ``"bfloat16"``.
+        Element type of Q, O and, without `kv_dtype`, K and V: ``"float16"`` or ``"bfloat16"``.
     head_dim : int
         One of `HEAD_DIMS`.
     tile : MmaTile or None
@@ -108,6 +113,8 @@ class KernelConfig:
         on the products.
     row_groups : int
         Warpgroups of ``tree_decode_sm90`` that split a tile's rows; the other kernels leave it 0.
+    kv_dtype : str or None
+        Element type of K and V where it is another one: a key of `FLOAT8_NAMES`.
     """
 
     name: str
@@ -118,6 +125,7 @@ class KernelConfig:
     stages: int = 0
     soft_cap: bool = False
     row_groups: int = 0
+    kv_dtype: str | None = None
 
     @property
     def threads(self) -> int:
@@ -134,7 +142,7 @@ class KernelConfig:
         if self.name == "tree_decode":
             return self.block_warps * self.stages * 2 * 16 * self.head_dim * 2
         if self.name == "tree_decode_sm90":
-            return worker_shared_bytes(self.head_dim, self.row_groups)
+            return worker_shared_bytes(self.head_dim, self.row_groups, self.kv_dtype is not None)
         if self.tile is None:
             return 0
         return self.tile.stages * 2 * self.tile.kv_tile * self.head_dim * 2
@@ -146,6 +154,8 @@ class KernelConfig:
             "FT_HEAD_DIM": self.head_dim,
             "FT_SOFT_CAP": int(self.soft_cap),
         }
+        if self.kv_dtype is not None:
+            options["FT_KV_ELEMENT"] = FLOAT8_NAMES[self.kv_dtype]
         if self.tile is not None:
             options |= {
                 "FT_ROW_WARPS": self.tile.row_warps,
@@ -156,7 +166,9 @@ class KernelConfig:
         if self.name == "tree_decode":
             options |= {"FT_BLOCK_WARPS": self.block_warps, "FT_STAGES": self.stages}
         if self.name == "tree_decode_sm90":
-            keys, values = WORKER_STAGES[self.head_dim, self.row_groups]
+            keys, values, raw = worker_stages(self.head_dim, self.row_groups, self.kv_dtype is not None)
+            if raw:
+                options["FT_RAW_UNITS"] = raw
             options |= {"FT_ROW_GROUPS": self.row_groups, "FT_TILE_TOKENS": WORKER_TILE_TOKENS[self.row_groups]}
             options |= {"FT_KEY_STAGES": keys, "FT_VALUE_STAGES": values}
         if self.shared_bytes:
@@ -204,27 +216,38 @@ def choose_tile(query_rows: int, blocks: int, multiprocessors: int, head_dim: in
     return next((tile for tile in ROW_TILES if tile.rows >= query_rows), ROW_TILES[-1])
 
 
-def tree_decode_config(dtype: str, head_dim: int, warps: int, soft_cap: bool) -> KernelConfig:
+def tree_decode_config(
+    dtype: str, head_dim: int, warps: int, soft_cap: bool, kv_dtype: str | None = None
+) -> KernelConfig:
     """Configuration of ``tree_decode`` with this many warps a block."""
-    return KernelConfig("tree_decode", dtype, head_dim, None, warps, TREE_DECODE_STAGES, soft_cap)
+    return KernelConfig("tree_decode", dtype, head_dim, None, warps, TREE_DECODE_STAGES, soft_cap, kv_dtype=kv_dtype)
 
 
-def worker_shared_bytes(head_dim: int, row_groups: int) -> int:
+def worker_stages(head_dim: int, row_groups: int, float8: bool) -> tuple[int, int, int]:
+    """Tiles in ``tree_decode_sm90``'s rings of keys and values, and units in each producer warp's of float8 rows."""
+    if float8:
+        return WORKER_FLOAT8_STAGES[head_dim, row_groups]
+    return (*WORKER_STAGES[head_dim, row_groups], 0)
+
+
+def worker_shared_bytes(head_dim: int, row_groups: int, float8: bool) -> int:
     """Size of struct Shared in ``cuda_src/include/worker.cuh``, which asserts the same number."""
-    keys, values = WORKER_STAGES[head_dim, row_groups]
+    keys, values, raw = worker_stages(head_dim, row_groups, float8)
     tokens = WORKER_TILE_TOKENS[row_groups]
-    rings = (keys + values) * tokens * head_dim * 2
+    rings = (keys + values) * tokens * head_dim * 2 + raw * 4 * 32 * head_dim  # four warps, 32 tokens a unit
     queries = 2 * row_groups * WORKER_GROUP_ROWS * head_dim * 2
     # The second token group's accumulators and softmax states; with two row groups there is none.
     exchange = WORKER_GROUP_ROWS * (head_dim * 4 + 8) if row_groups == 1 else 4 + 8
-    views = 2 * keys * (16 + 2 * tokens)
-    barriers = (2 * (keys + values) + 2) * 8 + 2 * 4
+    views = (4 if float8 else 2) * keys * (tokens // 8 + 2 * tokens)
+    barriers = (2 * (keys + values) + 4) * 8 + 2 * 4
     return -(-(-(-(rings + queries + exchange) // 16) * 16 + views + barriers) // 1024) * 1024
 
 
-def worker_config(dtype: str, head_dim: int, row_groups: int, soft_cap: bool) -> KernelConfig:
+def worker_config(
+    dtype: str, head_dim: int, row_groups: int, soft_cap: bool, kv_dtype: str | None = None
+) -> KernelConfig:
     """Configuration of ``tree_decode_sm90`` with this many row groups."""
-    return KernelConfig("tree_decode_sm90", dtype, head_dim, None, 12, 0, soft_cap, row_groups)
+    return KernelConfig("tree_decode_sm90", dtype, head_dim, None, 12, 0, soft_cap, row_groups, kv_dtype)
 
 
 def worker_problem(compute_capability: int, group: int, head_dim: int) -> str | None:
@@ -248,13 +271,14 @@ def all_configs(compute_capability: int) -> list[KernelConfig]:
     configs = []
     for dtype, head_dim in itertools.product(ELEMENT_NAMES, HEAD_DIMS):
         configs += [KernelConfig(name, dtype, head_dim) for name in ("stage2", "merge_states")]
-        for cap in (False, True):
-            configs.append(KernelConfig("stage1_plain", dtype, head_dim, soft_cap=cap))
+        for cap, kv in itertools.product((False, True), (None, *FLOAT8_NAMES)):
+            configs.append(KernelConfig("stage1_plain", dtype, head_dim, soft_cap=cap, kv_dtype=kv))
             if compute_capability >= MMA_COMPUTE_CAPABILITY:
-                configs += [KernelConfig("stage1_mma", dtype, head_dim, t, soft_cap=cap) for t in tiles(head_dim)]
-                configs += [tree_decode_config(dtype, head_dim, warps, cap) for warps in block_warps(head_dim)]
+                if kv is None:
+                    configs += [KernelConfig("stage1_mma", dtype, head_dim, t, soft_cap=cap) for t in tiles(head_dim)]
+                configs += [tree_decode_config(dtype, head_dim, warps, cap, kv) for warps in block_warps(head_dim)]
             if worker_problem(compute_capability, 1, head_dim) is None:
-                configs += [worker_config(dtype, head_dim, row_groups, cap) for row_groups in WORKER_ROW_GROUPS]
+                configs += [worker_config(dtype, head_dim, row_groups, cap, kv) for row_groups in WORKER_ROW_GROUPS]
     if compute_capability == WORKER_COMPUTE_CAPABILITY:
         configs.append(edit_config())
     return configs

@@ -1,4 +1,4 @@
-"""What a `DecodePlan` runs: a planned tree on its device, with its workspace."""
+"""What a `DecodePlan` runs: a planned tree, and what memory it needs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fasttree_cupy.execution import cpu, cuda
-from fasttree_cupy.execution.arrays import ArrayView, view
+from fasttree_cupy.execution.arrays import ArrayView, as_numpy
 from fasttree_cupy.execution.kernels import MMA_COMPUTE_CAPABILITY, WORKER_GROUP_ROWS, block_warps, worker_problem
 from fasttree_cupy.execution.operands import Operands
+from fasttree_cupy.execution.plan_memory import MemoryNeeds, PlanMemory
 from fasttree_cupy.execution.streams import WorkStream
-from fasttree_cupy.execution.upload import place_schedule
 from fasttree_cupy.metadata import MetadataTuple, PhaseNodeNums
 
 if TYPE_CHECKING:
@@ -26,13 +26,13 @@ __all__ = ["BalancedSchedule", "HeuristicSchedule", "Schedule", "SubtreeSchedule
 class Schedule(Protocol):
     """Something that decodes checked arrays."""
 
-    workspace_bytes: int
+    needs: MemoryNeeds
 
     def check(self, q: ArrayView, k: ArrayView, v: ArrayView) -> None:
         """Raise ValueError where this schedule cannot run on the arrays."""
 
-    def run(self, operands: Operands, stream: WorkStream | None) -> None:
-        """Decode into ``o``; on a GPU the work is queued on a stream."""
+    def run(self, operands: Operands, memory: PlanMemory, stream: WorkStream | None) -> None:
+        """Decode into ``o`` with the memory that was placed; on a GPU the work is queued on a stream."""
 
 
 class BalancedSchedule:
@@ -44,13 +44,8 @@ class BalancedSchedule:
         self.row_groups = made.row_groups
         self.workers = made.workers
         self.num_merges = made.merges
-        counters = np.zeros(max(1, made.counters * made.row_groups), np.int32)  # left as the next launch needs them
         mid_shape = (made.partials, made.row_groups * WORKER_GROUP_ROWS, head_dim)
-        # Held here: the kernel gets bare pointers.
-        self.arrays, self.mid_o, self.mid_lse = place_schedule((counters, *made[:3]), mid_shape, device)
-        self.workspace_bytes = int(self.mid_o.nbytes + self.mid_lse.nbytes)
-        self.mid = (self.mid_o.data.ptr, self.mid_lse.data.ptr)
-        self.lists = tuple(array.data.ptr for array in self.arrays)
+        self.needs = MemoryNeeds(made[:3], mid_shape, device, made.counters * made.row_groups)
 
     @staticmethod
     def problem(device: str, group: int, head_dim: int) -> str | None:
@@ -60,18 +55,24 @@ class BalancedSchedule:
     def __str__(self) -> str:
         return (
             f"{self.num_items} items of up to {WORKER_GROUP_ROWS * self.row_groups} rows for {self.workers} workers, "
-            f"{self.num_merges} tiles merged, {self.workspace_bytes} bytes of workspace"
+            f"{self.num_merges} tiles merged, {self.needs.workspace_bytes} bytes of workspace"
         )
 
     def check(self, q: ArrayView, k: ArrayView, v: ArrayView) -> None:
         """Raise ValueError where rows are not aligned."""
         check_rows(q, k, v)
 
-    def run(self, operands: Operands, stream: WorkStream | None) -> None:
+    def lists(self, memory: PlanMemory) -> tuple[int, ...]:
+        """Where items, segments and the order of the requests lie."""
+        return memory.pointers
+
+    def run(self, operands: Operands, memory: PlanMemory, stream: WorkStream | None) -> None:
         """Queue one launch."""
         if stream is None:
             raise ValueError("stream is None, expected a CUDA stream")
-        cuda.run_workers(operands, self.mid, self.lists, self.num_segments, self.row_groups, self.workers, stream)
+        mid = (memory.mid_o.pointer, memory.mid_lse.pointer)
+        lists = (memory.counters.pointer, *self.lists(memory))
+        cuda.run_workers(operands, mid, lists, self.num_segments, self.row_groups, self.workers, stream)
 
 
 def check_rows(q: ArrayView, k: ArrayView, v: ArrayView) -> None:
@@ -90,14 +91,7 @@ class SubtreeSchedule:
         self.row_warps = made.row_warps
         self.block_warps = made.block_warps
         mid_shape = (len(made.merge_entries), num_qo_heads, head_dim)
-        # Held here: the kernels get bare pointers.
-        self.arrays, self.mid_o, self.mid_lse = place_schedule(made[:7], mid_shape, device)
-        self.workspace_bytes = int(self.mid_o.nbytes + self.mid_lse.nbytes)
-        items, segments, order, requests, entries, offs, lens = (array.data.ptr for array in self.arrays)
-        self.mid = (self.mid_o.data.ptr, self.mid_lse.data.ptr)
-        self.lists = (items, segments, order)
-        self.merge_lists = (entries, offs, lens)
-        self.merge_requests = requests
+        self.needs = MemoryNeeds(made[:7], mid_shape, device)
 
     @staticmethod
     def problem(device: str, group: int, head_dim: int) -> str | None:
@@ -112,19 +106,21 @@ class SubtreeSchedule:
     def __str__(self) -> str:
         return (
             f"{self.num_items} items a KV head of up to {16 * self.row_warps} rows, {self.num_merges} requests merged, "
-            f"{self.workspace_bytes} bytes of workspace"
+            f"{self.needs.workspace_bytes} bytes of workspace"
         )
 
     def check(self, q: ArrayView, k: ArrayView, v: ArrayView) -> None:
         """Raise ValueError where rows are not aligned."""
         check_rows(q, k, v)
 
-    def run(self, operands: Operands, stream: WorkStream | None) -> None:
+    def run(self, operands: Operands, memory: PlanMemory, stream: WorkStream | None) -> None:
         """Queue one launch, or two where requests are merged."""
         if stream is None:
             raise ValueError("stream is None, expected a CUDA stream")
-        merge = (self.merge_lists, self.num_merges, self.merge_requests)
-        cuda.run_items(operands, self.mid, self.lists, self.num_items, self.block_warps, merge, stream)
+        mid = (memory.mid_o.pointer, memory.mid_lse.pointer)
+        items, segments, order, requests, entries, offs, lens = memory.pointers
+        merge = ((entries, offs, lens), self.num_merges, requests)
+        cuda.run_items(operands, mid, (items, segments, order), self.num_items, self.block_warps, merge, stream)
 
 
 class HeuristicSchedule:
@@ -140,29 +136,28 @@ class HeuristicSchedule:
         requests: npt.NDArray[np.int32] | None = None,
     ) -> None:
         self.q_tile_sizes = made.q_tile_sizes
+        self.nums = PhaseNodeNums(made.phase_node_nums, num_tokens)
+        self.offsets = made.phase_node_offsets
         mid_shape = (len(made.vnode_to_q_entries), num_qo_heads, head_dim)
-        # Held here: whose outputs are written, where these are not all.
+        # Of growing plans: whose outputs are written, where these are not all.
+        self.num_requests = None if requests is None else len(requests)
         whose = () if requests is None else (requests,)
-        placed, mid_o, mid_lse = place_schedule((*made[:9], *whose), mid_shape, device)
-        lists, self.requests = placed[:9], placed[9] if whose else None
-        nums = PhaseNodeNums(made.phase_node_nums, num_tokens)
-        self.metadata = MetadataTuple._make([*lists, mid_o, mid_lse, nums, made.phase_node_offsets])
-        self.views = [view(name, self.metadata[i]) for i, name in enumerate(MetadataTuple._fields[:11])]
-        self.workspace_bytes = int(mid_o.nbytes + mid_lse.nbytes)
+        self.needs = MemoryNeeds((*made[:9], *whose), mid_shape, device)
 
     def __str__(self) -> str:
-        nums = self.metadata.phase_node_nums
-        return f"{nums[0]} + {nums[1]} vnodes, {self.workspace_bytes} bytes of workspace"
+        return f"{self.nums[0]} + {self.nums[1]} vnodes, {self.needs.workspace_bytes} bytes of workspace"
 
     def check(self, q: ArrayView, k: ArrayView, v: ArrayView) -> None:
         """Any arrays will do."""
 
-    def run(self, operands: Operands, stream: WorkStream | None) -> None:
+    def run(self, operands: Operands, memory: PlanMemory, stream: WorkStream | None) -> None:
         """Run stage 1 and stage 2."""
+        views = (*memory.lists[:9], memory.mid_o, memory.mid_lse)
         if stream is None:
-            cpu.run(operands, self.metadata, self.requests)
+            requests = None if self.num_requests is None else as_numpy(memory.lists[9])
+            cpu.run(operands, MetadataTuple._make([*map(as_numpy, views), self.nums, self.offsets]), requests)
             return
-        nums, offsets = self.metadata.phase_node_nums, self.metadata.phase_node_offsets
-        kernel = cuda.check_kernel("auto", {"q": operands.q, "k": operands.k, "v": operands.v})
-        whose = None if self.requests is None else (self.requests.data.ptr, len(self.requests))
-        cuda.decode(operands, self.views, nums, offsets, self.q_tile_sizes, kernel, stream, whose)
+        choice = "auto" if operands.kv_dtype is None else "plain"
+        kernel = cuda.check_kernel(choice, {"q": operands.q, "k": operands.k, "v": operands.v})
+        whose = None if self.num_requests is None else (memory.pointers[9], self.num_requests)
+        cuda.decode(operands, views, self.nums, self.offsets, self.q_tile_sizes, kernel, stream, whose)

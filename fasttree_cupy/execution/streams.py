@@ -13,14 +13,20 @@ if TYPE_CHECKING:
     from fasttree_cupy.execution.arrays import ArrayView
 
 __all__ = [
+    "DEFAULT_STREAM",
     "ForeignStream",
     "WorkStream",
     "current_stream",
     "keep_alive",
+    "record_event",
     "stream_handle",
     "use_device",
     "use_stream",
+    "wait_for",
 ]
+
+DEFAULT_STREAM = 0
+"""Handle of the legacy default stream, which every process has; 1 is another name of it."""
 
 
 def stream_handle(stream: Any, framework: str, device_index: int) -> int:
@@ -92,15 +98,33 @@ class WorkStream:
         The stream's handle.
     device : int
         Index of its GPU, which must be CuPy's current device.
+    is_default : bool
+        Whether this is the legacy default stream.
     """
 
-    __slots__ = ("_current", "_followed", "device", "handle")
+    __slots__ = ("_capturing", "_current", "_followed", "_mark", "device", "handle", "is_default")
 
     def __init__(self, handle: int, device: int) -> None:
         self.handle = handle
         self.device = device
+        self.is_default = handle <= 1
         self._current: dict[str, int] = {}
         self._followed: set[str] = set()
+        self._capturing: bool | None = None
+        self._mark: Any = None
+
+    @property
+    def is_capturing(self) -> bool:
+        """Whether the stream is being captured into a CUDA graph; the legacy default stream cannot be."""
+        if self._capturing is None:
+            self._capturing = not self.is_default and is_capturing(self.handle)
+        return self._capturing
+
+    def mark(self) -> Any:
+        """The event behind what the stream had queued when first asked for it."""
+        if self._mark is None:
+            self._mark = record_event(self.handle)
+        return self._mark
 
     def current(self, framework: str) -> int:
         """The handle of the stream that was `framework`'s current one when first asked for."""
@@ -115,13 +139,8 @@ class WorkStream:
             return
         self._followed.add(framework)
         current = self.current(framework)
-        if current == self.handle:
-            return
-        import cupy
-
-        event = cupy.cuda.Event(disable_timing=True)
-        cupy.cuda.runtime.eventRecord(event.ptr, current)
-        cupy.cuda.runtime.streamWaitEvent(self.handle, event.ptr)
+        if current != self.handle:
+            wait_for(self.handle, record_event(current))
 
     def launches(self) -> AbstractContextManager[Any]:
         """Make the stream CuPy's current one, the one that RawKernel launches on."""
@@ -129,7 +148,7 @@ class WorkStream:
             return nullcontext()
         return use_stream(self.handle, self.device)
 
-    def keep_borrowed(self, views: Iterable[ArrayView], own: object = None) -> None:
+    def keep_borrowed(self, views: Iterable[ArrayView], own: object = None, home: int = 0) -> None:
         """Hold what could be reused before the stream has read it (see `keep_alive`).
 
         That is, what belongs to a framework that frees memory in another order than that of the stream: torch and CuPy
@@ -141,13 +160,17 @@ class WorkStream:
         views : iterable of ArrayView
             The caller's arrays.
         own : object, optional
-            Holder of our own memory, which is CuPy's.
+            Holder of our own memory.
+        home : int
+            The stream in whose order CuPy reuses that: the one that was its current one when it was allocated.
         """
-        owners = [view.owner for view in views if not self._reused_in_order(view.framework)]
-        if own is not None and not self._reused_in_order("cupy"):
+        views = tuple(views)
+        others = {name for name in {view.framework for view in views} if not self._reused_in_order(name)}
+        owners: list[object] = [view.owner for view in views if view.framework in others] if others else []
+        if own is not None and home != self.handle:
             owners.append(own)
-        if owners and not is_capturing(self.handle):
-            keep_alive(self.handle, owners)
+        if owners and not self.is_capturing:
+            keep_alive(self.mark(), owners)
 
     def _reused_in_order(self, framework: str) -> bool:
         return framework in ("torch", "cupy") and self.current(framework) == self.handle
@@ -157,21 +180,35 @@ _in_use: deque[tuple[Any, tuple[object, ...]]] = deque()
 _in_use_lock = threading.Lock()
 
 
-def keep_alive(stream: int, owners: Iterable[object]) -> None:
-    """Hold `owners` until what `stream` has queued so far is done; the host does not wait.
+def keep_alive(event: Any, owners: Iterable[object]) -> None:
+    """Hold `owners` until an event has passed; the host does not wait.
 
     A framework reuses freed memory in the order of a stream of its own. Where that is not ours, an input dropped or
     donated after our call could be overwritten while the kernels still read it. What is done is let go of by the next
     call.
     """
+    with _in_use_lock:
+        _in_use.append((event, tuple(owners)))
+        done = []  # dropped outside the lock: what an owner's end runs may come back here
+        while _in_use and _in_use[0][0].done:
+            done.append(_in_use.popleft())
+    del done
+
+
+def record_event(stream: int) -> Any:
+    """A new event behind what a stream has queued."""
     import cupy
 
     event = cupy.cuda.Event(disable_timing=True)
     cupy.cuda.runtime.eventRecord(event.ptr, stream)
-    with _in_use_lock:
-        _in_use.append((event, tuple(owners)))
-        while _in_use and _in_use[0][0].done:
-            _in_use.popleft()
+    return event
+
+
+def wait_for(stream: int, event: Any) -> None:
+    """Make a stream wait for an event; the host does not."""
+    import cupy
+
+    cupy.cuda.runtime.streamWaitEvent(stream, event.ptr)
 
 
 def is_capturing(stream: int) -> bool:

@@ -8,19 +8,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["pack", "place_schedule", "upload"]
+__all__ = ["pack", "packed_size", "place_schedule", "upload"]
 
 ALIGNMENT = 32
 """Elements: each array starts at a multiple of 128 bytes, a full memory transaction on every GPU."""
 
 
+def packed_size(arrays: Sequence[npt.NDArray[np.int32]]) -> int:
+    """Elements of what `pack` makes of arrays."""
+    return sum(-(-array.size // ALIGNMENT) * ALIGNMENT for array in arrays)
+
+
 def pack(arrays: Sequence[npt.NDArray[np.int32]]) -> tuple[npt.NDArray[np.int32], list[int]]:
     """All arrays in one, and where each starts: at a multiple of `ALIGNMENT`."""
-    starts, total = [], 0
-    for array in arrays:
-        starts.append(total)
-        total += -(-array.size // ALIGNMENT) * ALIGNMENT
-    packed = np.zeros(total, np.int32)
+    starts = [packed_size(arrays[:i]) for i in range(len(arrays))]
+    packed = np.zeros(packed_size(arrays), np.int32)
     for start, array in zip(starts, arrays, strict=True):
         packed[start : start + array.size] = array.ravel()
     return packed, starts

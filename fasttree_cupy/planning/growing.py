@@ -1,6 +1,6 @@
 """A plan for ``tree_decode_sm90`` that follows a growing tree: small edits of its arrays, now and then a new plan.
 
-All arrays lie in one, of a fixed size and layout: counters, items, order of requests, segments. What the planner of
+All arrays lie in one, of a fixed size and layout: items, order of requests, segments. What the planner of
 `balanced` makes is spread out in it, so that every tile's list of segments has room behind it:
 
 - A new token lengthens its request's last new segment, or begins one in this room, and the last piece of the tile's
@@ -24,13 +24,13 @@ import numpy.typing as npt
 from fasttree_cupy.capacity import Capacity
 from fasttree_cupy.planning import growing_passes as passes
 from fasttree_cupy.planning.balanced import (
-    _MERGE_TOGETHER,
-    _SLICE_COLUMNS,
     GROUP_ROWS,
     ITEM_FIELDS,
+    SLICE_COLUMNS,
     STEP_TOKENS,
     plan_layout,
 )
+from fasttree_cupy.planning.dealing import MERGE_TOGETHER
 from fasttree_cupy.planning.growing_tree import GrowingTree
 from fasttree_cupy.planning.machine import WorkerMachine
 
@@ -56,7 +56,7 @@ class Sizes(NamedTuple):
 
     Attributes
     ----------
-    counters_at, items_at, order_at, segments_at : int
+    items_at, order_at, segments_at : int
         Where the arrays begin in the one that holds them all.
     total : int
         Its elements.
@@ -64,11 +64,10 @@ class Sizes(NamedTuple):
         Tiles: planned ones, and those of forked requests.
     items, segments : int
         Rows of these arrays. The first items are those that the workers begin with, whether they have work or not.
-    partials : int
-        Pieces of units that are cut.
+    partials, counters : int
+        Pieces of units that are cut, and counters that merging them needs, of all row groups.
     """
 
-    counters_at: int
     items_at: int
     order_at: int
     segments_at: int
@@ -77,6 +76,7 @@ class Sizes(NamedTuple):
     items: int
     segments: int
     partials: int
+    counters: int
 
 
 def sizes(
@@ -92,15 +92,15 @@ def sizes(
     planned = -(-capacity.requests // tile_requests)
     segments = capacity.tokens * planned + passes.SLACK * (capacity.requests + passes.FORKS)
     items = (planned + passes.FORKS) * num_kv_heads + 2 * workers
-    counters = row_groups * (workers + workers // _MERGE_TOGETHER * (2 + head_dim // _SLICE_COLUMNS))
-    lengths = (counters, items * len(ITEM_FIELDS), capacity.requests + passes.FORKS, segments * 4)
+    counters = row_groups * (workers + workers // MERGE_TOGETHER * (2 + head_dim // SLICE_COLUMNS))
+    lengths = (items * len(ITEM_FIELDS), capacity.requests + passes.FORKS, segments * 4)
     ends = np.cumsum([-(-length // ALIGNMENT) * ALIGNMENT for length in lengths]).tolist()
     if ends[-1] > _INT32_MAX:
         raise ValueError(
             f"capacity is {capacity}: {planned} tiles of {tile_requests} requests with {capacity.tokens} tokens each "
             f"take {ends[-1]} elements, expected at most {_INT32_MAX}"
         )
-    return Sizes(0, ends[0], ends[1], ends[2], ends[3], planned + passes.FORKS, items, segments, 2 * workers)
+    return Sizes(0, ends[0], ends[1], ends[2], planned + passes.FORKS, items, segments, 2 * workers, counters)
 
 
 class GrowingPlan:
@@ -144,16 +144,15 @@ class GrowingPlan:
         self.row_groups = self._planned(*tree.layout()).row_groups
         requests = self.row_groups * GROUP_ROWS // group
         self.sizes = sizes(tree.capacity, requests, num_kv_heads, head_dim, workers, self.row_groups)
-        one = self.row_groups == 1
-        step_us = (machine.step if one else machine.double_step) * head_dim / 128
-        item_us = machine.item if one else machine.double_item
+        rates = machine.one_group if self.row_groups == 1 else machine.two_groups
+        step_us = rates.step * head_dim / 128
         self._state = passes.make_state(
-            (self.sizes.total, *self.sizes[1:4]),
+            (self.sizes.total, *self.sizes[:3]),
             tree.capacity.requests,
             self.sizes.tiles,
             workers,
-            (group, num_kv_heads, requests, STEP_TOKENS[self.row_groups]),
-            (step_us, item_us / step_us, PLAN_US),
+            (group, num_kv_heads, requests, STEP_TOKENS[self.row_groups], self.row_groups),
+            (step_us, rates.item / step_us, rates.apart_step / rates.step, PLAN_US),
         )
         self.packed = self._state.packed
         self.most_edits = len(self._state.edits)

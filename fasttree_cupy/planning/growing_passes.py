@@ -9,6 +9,7 @@ import numpy.typing as npt
 from numba import njit
 
 from fasttree_cupy.planning.balanced import ITEM_FIELDS
+from fasttree_cupy.planning.row_tiles import is_together
 
 __all__ = [
     "FORKS",
@@ -31,6 +32,8 @@ FORKS = 16
 """Requests that may fork between two plans."""
 SLACK = 32
 """New segments of each request between two plans."""
+JOINED_RUNS = 8
+"""Segments of a forked request among which one is looked for that ends where the next begins."""
 MOST_EDITS = 4096
 """Elements that one change may edit; more are planned anew."""
 RUNS_A_CHANGE = 32
@@ -60,14 +63,17 @@ class PlanState(NamedTuple):
     tails: Int32Array
 
 
-_NUMBERS = range(15)
+_NUMBERS = range(16)
 (
-    _GROUP, _HEADS, _REQUESTS, _STEP_TOKENS, _ITEMS_AT, _ORDER_AT, _SEGMENTS_AT,
+    _GROUP, _HEADS, _REQUESTS, _STEP_TOKENS, _ROW_GROUPS, _ITEMS_AT, _ORDER_AT, _SEGMENTS_AT,
     _CHANGE, _EDITS, _FULL, _USED_TILES, _USED_ITEMS, _USED_PIECES, _USED_POSITIONS, _USED_SEGMENTS,
 ) = _NUMBERS  # fmt: skip
 """Requests of a tile and other constants; the number of this change, its edits, and whether they are too many."""
-_BUSIEST, _GROWN, _LOST, _STEP_US, _ITEM_STEPS, _PLAN_US = range(6)
-"""Steps of the busiest worker when planned; steps that have come since, wherever; microseconds lost since."""
+_BUSIEST, _GROWN, _LOST, _STEP_US, _ITEM_STEPS, _APART, _PLAN_US = range(7)
+"""Steps of the busiest worker when planned; steps that have come since, wherever; microseconds lost since.
+
+Steps are counted as of tokens that most rows see; one of tokens that few see counts `_APART`.
+"""
 _TILE, _PLACE, _SEGMENT, _NEXT_ROW = range(4)
 _FIRST, _BEGIN, _END, _LIMIT, _GAINED = range(5)
 _ITEM, _WORKER = range(2)
@@ -83,8 +89,8 @@ def make_state(
     requests: int,
     tiles: int,
     workers: int,
-    tile: tuple[int, int, int, int],
-    costs: tuple[float, float, float],
+    tile: tuple[int, int, int, int, int],
+    costs: tuple[float, float, float, float],
 ) -> PlanState:
     """Arrays for a plan.
 
@@ -94,10 +100,10 @@ def make_state(
         Elements of `packed`, and where items, order and segments begin in it.
     requests, tiles, workers : int
         Slots, tiles and workers, at most.
-    tile : 4 int
-        Query heads a KV head, KV heads, requests of a tile, tokens of a step.
-    costs : 3 float
-        Microseconds of a step, steps of an item, microseconds of a new plan.
+    tile : 5 int
+        Query heads a KV head, KV heads, requests of a tile, tokens of a step, row groups.
+    costs : 4 float
+        Microseconds of a step, steps of an item and of a step of tokens that few rows see, microseconds of a new plan.
     """
     numbers = np.zeros(len(_NUMBERS), np.int64)
     numbers[:_CHANGE] = (*tile, *sizes[1:])
@@ -165,6 +171,7 @@ def spread(s: PlanState, items: Int32Array, segments: Int32Array, request_order:
     s.tiles[:, _GAINED] = 0
     _spread_items(s, items, workers)
     _spread_segments(s, segments)
+    _weigh(s)
     s.costs[_BUSIEST], s.costs[_GROWN], s.costs[_LOST] = s.loads.max(), 0.0, 0.0
     n[_EDITS], n[_FULL] = 0, 0
     n[_CHANGE] += 1
@@ -183,7 +190,7 @@ def _spread_items(s: PlanState, items: Int32Array, workers: int) -> None:
         s.units[unit, 0] = n[_USED_PIECES]
         n[_USED_PIECES] += s.units[unit, 1]
     for worker in range(len(s.loads)):
-        s.loads[worker], s.tails[worker] = 0.0, worker
+        s.tails[worker] = worker
         if worker >= workers:
             at = _item_at(n, worker)
             s.packed[at : at + _FIELDS] = 0
@@ -200,7 +207,6 @@ def _spread_items(s: PlanState, items: Int32Array, workers: int) -> None:
             unit = item[_FIRST_POSITION] // n[_REQUESTS] * n[_HEADS] + item[_KV_HEAD]
             piece = s.units[unit, 0] + item[_PIECE]
             s.pieces[piece, _ITEM], s.pieces[piece, _WORKER] = to, worker
-            s.loads[worker] += s.costs[_ITEM_STEPS] + -(-item[_TOKENS] // n[_STEP_TOKENS])
             s.tails[worker] = to
             index = item[_NEXT]
     n[_USED_ITEMS] = len(items) + moved
@@ -239,6 +245,32 @@ def _spread_segments(s: PlanState, segments: Int32Array) -> None:
         tile[_LIMIT] = tile[_END] + SLACK * min(n[_REQUESTS], n[_USED_POSITIONS] - tile[_FIRST])
         free = tile[_LIMIT]
     n[_USED_SEGMENTS] = free
+
+
+@njit(cache=True)
+def _token_steps(s: PlanState, first_row: int, end_row: int) -> float:
+    """Steps that a token costs which these rows of a tile see."""
+    together = is_together(first_row, end_row, s.numbers[_ROW_GROUPS])
+    return float((1.0 if together else s.costs[_APART]) / s.numbers[_STEP_TOKENS])
+
+
+@njit(cache=True)
+def _weigh(s: PlanState) -> None:
+    """Sum up what workers have to do: a tile's pieces cost as its tokens do on average, as in `dealing`."""
+    n = s.numbers
+    s.loads[:] = 0.0
+    for tile in range(n[_USED_TILES]):
+        tokens, steps = 0, 0.0
+        for segment in range(s.tiles[tile, _BEGIN], s.tiles[tile, _END]):
+            _, count, first_row, end_row = s.packed[n[_SEGMENTS_AT] + 4 * segment : n[_SEGMENTS_AT] + 4 * segment + 4]
+            tokens += count
+            steps += count * _token_steps(s, first_row, end_row)
+        step_cost = steps * n[_STEP_TOKENS] / max(1, tokens)
+        for unit in range(tile * n[_HEADS], (tile + 1) * n[_HEADS]):
+            for piece in range(s.units[unit, 0], s.units[unit, 0] + s.units[unit, 1]):
+                item, worker = s.pieces[piece]
+                count = s.packed[_item_at(n, item) + _TOKENS]
+                s.loads[worker] += s.costs[_ITEM_STEPS] + step_cost * -(-count // n[_STEP_TOKENS])
 
 
 @njit(cache=True)
@@ -287,9 +319,9 @@ def _begin_segment(s: PlanState, slot: int, row: int) -> int:
 
 @njit(cache=True)
 def _lengthen(s: PlanState, tile: int, tokens: int) -> None:
-    """Add tokens to the last piece of each of the tile's units."""
+    """Add tokens, seen by a request each, to the last piece of each of the tile's units."""
     n = s.numbers
-    steps = tokens / n[_STEP_TOKENS]
+    steps = tokens * _token_steps(s, 0, n[_GROUP])
     for unit in range(tile * n[_HEADS], (tile + 1) * n[_HEADS]):
         item, worker = s.pieces[s.units[unit, 0] + s.units[unit, 1] - 1]
         at = _item_at(n, item) + _TOKENS
@@ -328,10 +360,11 @@ def _fork_one(s: PlanState, parent: int, slot: int) -> bool:
     for segment in range(source[_BEGIN], source[_END]):
         first, count, first_row, end_row = s.packed[n[_SEGMENTS_AT] + 4 * segment : n[_SEGMENTS_AT] + 4 * segment + 4]
         if count > 0 and first_row <= row < end_row:
-            if tile[_END] >= room:
-                return False
-            _put_segment(s, tile[_END], first, count, 0, n[_GROUP])
-            tile[_END] += 1
+            if not _join(s, tile, first, count):
+                if tile[_END] >= room:
+                    return False
+                _put_segment(s, tile[_END], first, count, 0, n[_GROUP])
+                tile[_END] += 1
             tokens += count
     tile[_LIMIT] = tile[_END] + SLACK
     _put(s.packed, s.edited, s.edits, n, n[_ORDER_AT] + n[_USED_POSITIONS], slot)
@@ -343,6 +376,21 @@ def _fork_one(s: PlanState, parent: int, slot: int) -> bool:
     n[_USED_POSITIONS] += 1
     n[_USED_SEGMENTS] = tile[_LIMIT]
     return True
+
+
+@njit(cache=True)
+def _join(s: PlanState, tile: Int32Array, first: int, count: int) -> bool:
+    """Lengthen a segment of a request's own tile that ends at row `first`, if one of the last does.
+
+    The planner has dealt out runs of rows in chunks, in turn with one another; here each is whole again.
+    """
+    n = s.numbers
+    for segment in range(max(tile[_BEGIN], tile[_END] - JOINED_RUNS), tile[_END]):
+        at = n[_SEGMENTS_AT] + 4 * segment
+        if s.packed[at] + s.packed[at + 1] == first:
+            _put(s.packed, s.edited, s.edits, n, at + 1, s.packed[at + 1] + count)
+            return True
+    return False
 
 
 @njit(cache=True)
@@ -375,7 +423,7 @@ def _add_item(s: PlanState, head: int, tokens: int, slot: int) -> None:
     worker = s.loads.argmin()
     _put(s.packed, s.edited, s.edits, n, _item_at(n, s.tails[worker]) + _NEXT, n[_USED_ITEMS])
     s.tails[worker] = n[_USED_ITEMS]
-    s.loads[worker] += s.costs[_ITEM_STEPS] + tokens / n[_STEP_TOKENS]
+    s.loads[worker] += s.costs[_ITEM_STEPS] + tokens * _token_steps(s, 0, n[_GROUP])
     unit = n[_USED_TILES] * n[_HEADS] + head
     s.units[unit, 0], s.units[unit, 1] = n[_USED_PIECES], 1
     s.pieces[n[_USED_PIECES], _ITEM], s.pieces[n[_USED_PIECES], _WORKER] = n[_USED_ITEMS], worker
@@ -399,7 +447,7 @@ def finish(s: PlanState, slots: Int32Array) -> bool:
         for segment in range(s.tiles[tile, _BEGIN], s.tiles[tile, _END]):
             _, count, first_row, end_row = s.packed[n[_SEGMENTS_AT] + 4 * segment : n[_SEGMENTS_AT] + 4 * segment + 4]
             if first_row <= row < end_row and _nobody_sees(s, tile, first_row, end_row):
-                _empty(s, tile, segment, begin, begin + count)
+                _empty(s, tile, segment, begin, begin + count, _token_steps(s, first_row, end_row))
             else:
                 begin += count
         s.slots[slot] = -1
@@ -414,7 +462,7 @@ def _nobody_sees(s: PlanState, tile: int, first_row: int, end_row: int) -> bool:
 
 
 @njit(cache=True)
-def _empty(s: PlanState, tile: int, segment: int, begin: int, end: int) -> None:
+def _empty(s: PlanState, tile: int, segment: int, begin: int, end: int, token_steps: float) -> None:
     """Take the tokens of a segment, [begin, end) of its tile's, out of the pieces."""
     n = s.numbers
     _put(s.packed, s.edited, s.edits, n, n[_SEGMENTS_AT] + 4 * segment + 1, 0)
@@ -428,6 +476,6 @@ def _empty(s: PlanState, tile: int, segment: int, begin: int, end: int) -> None:
             if s.packed[at + _NEXT_SEGMENT] - 1 == segment:
                 _put(s.packed, s.edited, s.edits, n, at + _KV_LEN, 0)
             _put(s.packed, s.edited, s.edits, n, at + _TOKENS, tokens - taken)
-            s.loads[worker] -= taken / n[_STEP_TOKENS]
-            s.costs[_GROWN] -= taken / n[_STEP_TOKENS]
+            s.loads[worker] -= taken * token_steps
+            s.costs[_GROWN] -= taken * token_steps
             first += tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["H200", "H200_WORKERS", "Machine", "WorkerMachine", "machine_of"]
+__all__ = ["H200", "H200_WORKERS", "Machine", "WorkerMachine", "WorkerRates", "machine_of"]
 
 
 class Machine(NamedTuple):
@@ -52,6 +52,24 @@ def machine_of(multiprocessors: int) -> Machine:
     return H200._replace(multiprocessors=float(multiprocessors))
 
 
+class WorkerRates(NamedTuple):
+    """What a worker of ``balanced`` spends, in microseconds, at head_dim 128.
+
+    Attributes
+    ----------
+    step : float
+        On a step (64 tokens with one row group, 128 with two) whose tokens most of its rows see.
+    apart_step : float
+        On a step whose tokens few rows see.
+    item : float
+        On what it does once an item: fetch queries, merge its warpgroups, write.
+    """
+
+    step: float
+    apart_step: float
+    item: float
+
+
 class WorkerMachine(NamedTuple):
     """What the time of a plan of ``balanced`` depends on.
 
@@ -61,11 +79,8 @@ class WorkerMachine(NamedTuple):
         Bytes that device memory delivers in a microsecond.
     start : float
         Microseconds of a launch and of filling the first pipeline.
-    step, double_step : float
-        Microseconds of a worker for a step (head_dim 128): 64 tokens with one row group, 128 with two.
-    item, double_item : float
-        Microseconds of a worker for what it does once an item, with one row group and with two: fetch queries, merge
-        its warpgroups, write.
+    one_group, two_groups : WorkerRates
+        What a worker spends whose items have one row group, or two.
     merge, merge_piece : float
         Microseconds for merging the pieces of a tile: once, and for each of them.
     merge_together, merge_together_piece : float
@@ -74,16 +89,16 @@ class WorkerMachine(NamedTuple):
 
     hbm: float
     start: float
-    step: float
-    double_step: float
-    item: float
-    double_item: float
+    one_group: WorkerRates
+    two_groups: WorkerRates
     merge: float
     merge_piece: float
     merge_together: float
     merge_together_piece: float
 
 
-H200_WORKERS = WorkerMachine(4.0e6, 8.75, 0.773, 2.05, 1.52, 1.93, 0.93, 0.68, 3.54, 0.144)
+H200_WORKERS = WorkerMachine(
+    4.0e6, 8.75, WorkerRates(0.773, 0.6, 1.52), WorkerRates(2.05, 1.2, 1.93), 0.93, 0.68, 3.54, 0.144
+)
 """Fitted to 411 runs of plans of FastTree's 45 and PAT's 80 cases on an H200: the times to 8%, and the plan with the
 cheapest estimate is within 0.5% of the fastest one (bench/NOTES.md)."""

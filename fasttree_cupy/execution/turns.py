@@ -1,0 +1,46 @@
+"""Runs that share a workspace take turns on the GPU, whatever their streams; the host never waits."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from fasttree_cupy.execution.streams import DEFAULT_STREAM, WorkStream, record_event, wait_for
+
+__all__ = ["Turns"]
+
+
+class Turns:
+    """The order of the runs that share a workspace: each waits, on the GPU, for the one before it.
+
+    Runs on the default stream alone cost nothing: that stream never ends, so an event is recorded on it only when
+    another stream is to wait for it. Any other stream may be gone by then, and its handle may be another one's: an
+    event follows each run. A capture neither waits nor is waited for, which CUDA forbids: a graph's replays are its
+    caller's to order.
+
+    Attributes
+    ----------
+    lock : Lock
+        To be held from `wait` to `end`.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._last: Any = None  # the event behind the last run
+        self._on_default = False  # or that run was on the default stream, and there is no event yet
+
+    def wait(self, stream: WorkStream) -> None:
+        """Make `stream` wait for the last run."""
+        if (self._on_default and stream.is_default) or stream.is_capturing:
+            return
+        if self._on_default:
+            self._last, self._on_default = record_event(DEFAULT_STREAM), False
+        if self._last is not None:
+            wait_for(stream.handle, self._last)
+
+    def end(self, stream: WorkStream) -> None:
+        """Have the next run wait for what `stream` has queued."""
+        if stream.is_default:
+            self._on_default = True
+        elif not stream.is_capturing:
+            self._last, self._on_default = stream.mark(), False

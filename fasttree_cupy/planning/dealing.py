@@ -1,0 +1,225 @@
+"""Deals tiles out to workers: in equal stretches, whole, or each cut evenly, as the cost model finds cheapest."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from fasttree_cupy.planning.machine import WorkerMachine
+
+__all__ = ["MERGE_TOGETHER", "Work", "deal"]
+
+Int64Array = npt.NDArray[np.int64]
+Float64Array = npt.NDArray[np.float64]
+
+_SHORTEST_PIECE = 2
+"""Steps that a cut leaves on either side, at least."""
+_FEW_STEPS = 10
+"""Steps a worker from which on fewer workers are not worth a thought."""
+MERGE_TOGETHER = 5
+"""Pieces of a tile from which on workers merge together, where that is all that they do."""
+_MANY_TILES = 32
+"""Tiles a worker from which on it does not matter whether any are cut."""
+_SHARES = (1.0, 0.67, 0.5, 0.33, 0.25, 0.18, 0.12)
+"""Shares of the multiprocessors that small work may be given: fewer pieces are merged faster."""
+
+
+class Work(NamedTuple):
+    """What is to be dealt out: T tiles for each KV head.
+
+    Attributes
+    ----------
+    steps : int64 (T,)
+        Tiles in shared memory that each takes.
+    step_costs : float64 (T,)
+        Mean cost of one of these, a step whose tokens most rows see being 1.
+    num_kv_heads : int
+        KV heads.
+    item_steps : float
+        Cost of an item beside its steps.
+    """
+
+    steps: Int64Array
+    step_costs: Float64Array
+    num_kv_heads: int
+    item_steps: float
+
+
+def deal(
+    work: Work, multiprocessors: int, step_us: float, size: float, machine: WorkerMachine
+) -> tuple[float, Int64Array]:
+    """Deal tiles out in the way that the cost model finds cheapest.
+
+    Parameters
+    ----------
+    work : Work
+        The tiles.
+    multiprocessors : int
+        Workers, at most.
+    step_us : float
+        Microseconds of a step whose tokens are seen together.
+    size : float
+        Bytes of K, V, Q and O.
+    machine : WorkerMachine
+        Constants of the GPU.
+
+    Returns
+    -------
+    estimate : float
+        Microseconds.
+    pieces : int64 (P, 4)
+        Tile by tile: head * tiles + tile, its first and end step, worker.
+    """
+    costs = work.steps * work.step_costs
+    tiles = len(costs) * work.num_kv_heads
+    memory_us = size / machine.hbm
+    shares = _SHARES if costs.sum() * work.num_kv_heads < _FEW_STEPS * multiprocessors else _SHARES[:1]
+    candidates = []
+    for workers in sorted({max(1, int(multiprocessors * share)) for share in shares}):
+        dealt = [_in_line(work, costs, workers)]
+        if tiles <= workers:
+            dealt.append(_each(work, costs, workers))
+        elif tiles <= _MANY_TILES * workers:
+            dealt.append(_whole(work, costs, workers))
+        for pieces in dealt:
+            busiest, most_pieces = _longest(work, pieces)
+            cost = machine.start + ((busiest * step_us) ** 4 + memory_us**4) ** 0.25
+            if most_pieces >= MERGE_TOGETHER and len(pieces) == pieces[-1, 3] + 1:
+                cost += machine.merge_together + machine.merge_together_piece * most_pieces
+            elif most_pieces > 1:
+                cost += machine.merge + machine.merge_piece * most_pieces
+            candidates.append((float(cost), pieces))
+    return min(candidates, key=lambda candidate: candidate[0])
+
+
+# Compiled passes.
+
+
+@njit(cache=True)
+def _pieces_of_tiles(costs: Float64Array, longest: int, shares: Int64Array) -> int:
+    """Fill `shares` with the pieces of each tile when none costs more than `longest`, and return their sum."""
+    total = 0
+    for tile in range(len(costs)):
+        shares[tile] = max(1, int(np.ceil(costs[tile] / longest)))
+        total += shares[tile]
+    return total
+
+
+@njit(cache=True)
+def _each(work: Work, costs: Float64Array, workers: int) -> Int64Array:
+    """Cut every tile evenly, into pieces as short as the workers allow, one a worker."""
+    num_tiles = len(costs)
+    shares = np.ones(num_tiles, np.int64)
+    low, high = _SHORTEST_PIECE, max(_SHORTEST_PIECE, int(np.ceil(costs.max())))  # cost of the longest piece
+    while low < high:
+        middle = (low + high) // 2
+        if work.num_kv_heads * _pieces_of_tiles(costs, middle, shares) <= workers:
+            high = middle
+        else:
+            low = middle + 1
+    _pieces_of_tiles(costs, high, shares)
+    pieces = np.empty((work.num_kv_heads * shares.sum(), 4), np.int64)
+    at = 0
+    for head in range(work.num_kv_heads):
+        for tile in range(num_tiles):
+            end = 0
+            for share in range(1, shares[tile] + 1):
+                pieces[at, 0] = head * num_tiles + tile
+                pieces[at, 1] = end
+                end = work.steps[tile] * share // shares[tile]
+                pieces[at, 2] = end
+                pieces[at, 3] = at
+                at += 1
+    return pieces
+
+
+@njit(cache=True)
+def _whole(work: Work, costs: Float64Array, workers: int) -> Int64Array:
+    """Give every worker whole tiles that follow one another, so that the busiest has least."""
+    num_tiles = len(costs)
+    units = work.num_kv_heads * num_tiles
+    total = work.num_kv_heads * (costs.sum() + work.item_steps * num_tiles)
+    low = total / workers
+    high = low + costs.max() + work.item_steps
+    pieces = np.empty((units, 4), np.int64)
+    while high - low > 0.5:
+        middle = (low + high) / 2
+        if _fill(work, costs, middle, pieces) <= workers:
+            high = middle
+        else:
+            low = middle
+    _fill(work, costs, high, pieces)
+    return pieces
+
+
+@njit(cache=True)
+def _fill(work: Work, costs: Float64Array, limit: float, pieces: Int64Array) -> int:
+    """Fill `pieces` with whole tiles that cost a worker at most `limit`, and return the number of workers."""
+    num_tiles = len(costs)
+    worker, load = 0, 0.0
+    for unit in range(len(pieces)):
+        cost = costs[unit % num_tiles] + work.item_steps
+        if load > 0 and load + cost > limit:
+            worker += 1
+            load = 0.0
+        load += cost
+        pieces[unit, 0] = unit
+        pieces[unit, 1] = 0
+        pieces[unit, 2] = work.steps[unit % num_tiles]
+        pieces[unit, 3] = worker
+    return worker + 1
+
+
+@njit(cache=True)
+def _in_line(work: Work, costs: Float64Array, workers: int) -> Int64Array:
+    """Lay the tiles of all KV heads end to end and cut the line into equal stretches."""
+    num_tiles = len(costs)
+    units = work.num_kv_heads * num_tiles
+    total = work.num_kv_heads * (costs.sum() + work.item_steps * num_tiles)
+    pieces = np.empty((units + workers, 4), np.int64)
+    at, used = 0, 0
+    unit, first, position = 0, 0, 0.0
+    for worker in range(workers):
+        goal = total * (worker + 1) / workers
+        begun = at
+        while unit < units:
+            tile = unit % num_tiles
+            length = work.steps[tile]
+            reach = max(0.0, goal - position - work.item_steps)
+            end = min(length, int(np.floor(reach / work.step_costs[tile] + 0.5)))
+            if length - end < _SHORTEST_PIECE or worker == workers - 1:
+                end = length
+            if end < length and end - first < _SHORTEST_PIECE:
+                break
+            pieces[at, 0] = unit
+            pieces[at, 1] = first
+            pieces[at, 2] = end
+            pieces[at, 3] = used
+            at += 1
+            first = end
+            if end < length:
+                break
+            unit, first, position = unit + 1, 0, position + work.item_steps + costs[tile]
+        if at > begun:  # else the worker's stretch was too short to cut
+            used += 1
+    return pieces[:at]
+
+
+@njit(cache=True)
+def _longest(work: Work, pieces: Int64Array) -> tuple[float, int]:
+    """Cost of the busiest worker's items, and the pieces of the tile that has most."""
+    num_tiles = len(work.steps)
+    most, busiest = 1, 0.0
+    count, load = 0, 0.0
+    for i in range(len(pieces)):
+        unit, first, end, worker = pieces[i]
+        tile = unit % num_tiles
+        count = count + 1 if i > 0 and unit == pieces[i - 1, 0] else 1
+        load = load if i > 0 and worker == pieces[i - 1, 3] else 0.0
+        load += work.item_steps + work.step_costs[tile] * (end - first)
+        most = max(most, count)
+        busiest = max(busiest, load)
+    return busiest, most
