@@ -136,6 +136,41 @@ def test_more_forks_than_there_is_room_for_are_planned() -> None:
     assert not plan.fork(parents[:1], growing_tree.fork(parents[:1]))
 
 
+def test_a_fork_joins_what_was_dealt_out() -> None:
+    """The planner cuts a node's tokens into chunks; a forked request has a segment for each node of its path."""
+    tree = ft.KVTree.from_levels([1, 16, 64], [1024, 256, 320])
+    growing_tree = GrowingTree(tree, np.arange(tree.unique_tokens, dtype=np.int32), ft.Capacity(65, tree.unique_tokens))
+    plan = GrowingPlan(growing_tree, 4, 8, 128, 132, H200_WORKERS)
+    device = Device(plan)
+    parents = np.array([5], np.int32)
+    (slot,) = slots = growing_tree.fork(parents)
+    device.follow(plan.fork(parents, slots))
+    for attended in rows_attended(plan, device.packed, 4, 8, 128):
+        assert attended[slot] == attended[5] == tree.request_rows(5).tolist()
+    begins, lengths = device.packed[plan.sizes.segments_at : plan.used].reshape(-1, 4).T[:2]
+    assert (begins[lengths > 0] == tree.kv_ptrs[tree.request_node[5]]).sum() == 2
+
+
+def test_what_workers_have_to_do_follows_the_changes() -> None:
+    """Sums of edit after edit are those of all tokens, but for steps that are not full."""
+    tree = ft.KVTree.from_levels([1, 16, 64], [1024, 256, 320])
+    growing_tree = GrowingTree(tree, np.arange(tree.unique_tokens, dtype=np.int32), ft.Capacity(70, 10**5))
+    with mock.patch.object(growing, "PLAN_US", 1e9):
+        plan = GrowingPlan(growing_tree, 4, 8, 128, 132, H200_WORKERS)
+    parents = np.array([0, 5], np.int32)
+    assert plan.fork(parents, growing_tree.fork(parents))
+    rows = (50000 + np.arange(66 * 40, dtype=np.int32)).reshape(66, 40)
+    slots = growing_tree.live
+    growing_tree.append(slots, rows)
+    assert plan.append(slots, rows)
+    finished = np.arange(3, 9, dtype=np.int32)
+    growing_tree.finish(finished)
+    assert plan.finish(finished)
+    loads = plan._state.loads.copy()
+    growing_passes._weigh(plan._state)
+    np.testing.assert_allclose(loads, plan._state.loads, rtol=0, atol=1)
+
+
 def test_a_capacity_too_large_for_int32_is_refused() -> None:
     tree = ft.KVTree.from_levels([1], [5])
     with pytest.raises(ValueError, match=r"capacity is Capacity.*expected at most 2147483647"):

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -14,9 +15,13 @@ import fasttree_cupy as ft
 from fasttree_cupy.execution.growing import GrowingSchedule
 from fasttree_cupy.execution.schedule import BalancedSchedule
 from fasttree_cupy.planning import growing
+from fasttree_cupy.planning.growing import GrowingPlan
+from fasttree_cupy.planning.growing_tree import GrowingTree
+from fasttree_cupy.planning.machine import H200_WORKERS
 from tests.growing_walk import KINDS, Model, rows_attended
 from tests.reference import dense_attention
 from tests.test_decode import DTYPES, namespace
+from tests.test_float8 import on_gpu
 from tests.test_serving import device_of, host
 from tests.tolerances import assert_close
 
@@ -245,6 +250,38 @@ def test_a_run_on_another_stream_waits_for_the_change(cupy: Any) -> None:
     decoder.check_against_the_reference()
 
 
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("gpu", marks=GPU)])
+def test_float8_pools_serve_a_tree_that_grows(backend: str) -> None:
+    rng, tree, heads = np.random.default_rng(3), ft.KVTree.from_levels([1, 6], [150, 40]), (8, 2, 64)
+    pool = rng.standard_normal((2, 600, *heads[1:])).astype(ml_dtypes.float8_e4m3fn)
+    k, v = (array if backend == "cpu" else on_gpu(namespace("gpu"), array) for array in pool)
+    plan = ft.plan_decode(tree, *heads, device=device_of(backend), capacity=ft.Capacity(8, 600))
+    plan.append(np.arange(390, 510).reshape(6, 20))
+    plan.finish([2])
+    plan.append(np.arange(510, 517), plan.live.tolist() + plan.fork([0, 3]).tolist())
+    q = rng.standard_normal((8, *heads[::2])).astype(np.float16)
+    scales = {"k_scale": 0.5, "v_scale": 2.0}
+    out = host(plan.run(namespace(backend).asarray(q), k, v, **scales))[plan.live]
+    rows = plan.kv_indices
+    parts = (array[rows].astype(np.float64) * scale for array, scale in zip(pool, scales.values(), strict=True))
+    tree = plan.tree
+    expected, _ = dense_attention(tree.parent, tree.seqlen, tree.request_node, q[plan.live], *parts, 64**-0.5)
+    assert_close(out, expected, np.float16)
+
+
+@GPU
+def test_a_change_waits_for_the_run_on_another_stream(cupy: Any) -> None:
+    decoder, rows, fill = slow_decoder(cupy)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    decoder.clear()
+    with stream:
+        fill()
+        decoder.plan.run(decoder.q_there, decoder.k, decoder.v, decoder.out)
+    decoder.plan.append(rows[:3])
+    cupy.cuda.Device().synchronize()
+    decoder.check_against_the_reference()
+
+
 def make_plan() -> ft.DecodePlan:
     tree = ft.KVTree.from_levels([1, 2], [10, 3])
     return ft.plan_decode(tree, 4, 2, 16, device="cpu", capacity=ft.Capacity(4, 20))
@@ -306,6 +343,57 @@ def test_a_wrong_capacity_is_refused(capacity: Any, error: type[Exception], mess
         ft.plan_decode(ft.KVTree.from_levels([1, 2], [10, 3]), 4, 2, 16, device="cpu", capacity=capacity)
 
 
+def test_a_plan_grows_once_it_is_placed() -> None:
+    tree = ft.KVTree.from_levels([1, 2], [10, 3])
+    plan = ft.plan_decode(tree, 4, 2, 16, device="cpu", capacity=ft.Capacity(4, 20), place=False)
+    for change in (lambda: plan.append([16, 17]), lambda: plan.fork([0]), lambda: plan.finish([0])):
+        with pytest.raises(RuntimeError, match="made with place=False"):
+            change()
+    with pytest.raises(ValueError, match="workspace is given, but a plan that grows on cpu"):
+        plan.place(np.empty(plan.workspace_bytes, np.uint8))
+    assert plan.kv_indices.tolist() == list(range(16))
+    plan.place()
+    assert plan.fork([0]).tolist() == [2]
+
+
+def test_sizes_of_a_growing_schedule_are_exact() -> None:
+    """Its index arrays are one, and the lists that the kernel reads lie in it."""
+    tree = ft.KVTree.from_levels([1, 90], [700, 3])
+    rows = np.arange(tree.unique_tokens, dtype=np.int32)
+    plan = GrowingPlan(GrowingTree(tree, rows, ft.Capacity(100, 2000)), 4, 2, 128, 132, H200_WORKERS)
+    with mock.patch("fasttree_cupy.execution.growing.Edits"):
+        assert GrowingSchedule(plan, 128, "cuda:0").needs.schedule_bytes == plan.packed.nbytes
+        schedule = GrowingSchedule(plan, 128, "cpu")
+    memory = schedule.needs.place(None, None)
+    assert memory.workspace.shape == (schedule.needs.workspace_bytes,)
+    assert memory.mid_o.shape == (264, 64 * plan.row_groups, 128)
+    assert memory.counters.shape == (plan.sizes.counters,)
+    items, segments, order = schedule.lists(memory)
+    assert [items, segments, order] == [
+        memory.pointers[0] + 4 * at for at in (0, plan.sizes.segments_at, plan.sizes.order_at)
+    ]
+
+
+@GPU
+def test_a_plan_grows_in_the_callers_workspace(cupy: Any) -> None:
+    """It is placed anew between changes, and nothing around the buffer is written."""
+    with planners("gpu", 200.0):
+        decoder = Decoder(LONG_TREE, "gpu", (8, 2, 64, "float16"))
+        if not isinstance(decoder.plan.schedule, BalancedSchedule):
+            pytest.skip("this GPU has no warpgroup products")
+        size, schedule_bytes = decoder.plan.workspace_bytes, decoder.plan.schedule_bytes
+        buffers = [cupy.full(size + 512, 0xFF, np.uint8) for _ in range(2)]
+        for seed in range(20):
+            if seed % 5 == 0:
+                decoder.plan.place(buffers[seed // 5 % 2][256:-256])
+            decoder.change(KINDS[seed % len(KINDS)], seed)
+            decoder.check_against_a_plan_anew(decoder.run())
+        assert (decoder.plan.workspace_bytes, decoder.plan.schedule_bytes) == (size, schedule_bytes)
+        for buffer in buffers:
+            assert (buffer[:256] == 0xFF).all()
+            assert (buffer[-256:] == 0xFF).all()
+
+
 def test_k_and_v_must_reach_the_highest_row_ever_used() -> None:
     plan = make_plan()
     plan.append([30, 18])
@@ -316,6 +404,9 @@ def test_k_and_v_must_reach_the_highest_row_ever_used() -> None:
         plan.run(q[:2], kv, kv)
     kv = np.zeros((35, 2, 16), np.float16)
     assert plan.run(q, kv, kv).shape == q.shape
+    plan.append([19, 35])  # arrays that were checked once are looked at again
+    with pytest.raises(ValueError, match="k has 35 rows, expected 36 at least"):
+        plan.run(q, kv, kv)
 
 
 def test_slots_are_used_again_and_tokens_given_back() -> None:
