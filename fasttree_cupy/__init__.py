@@ -1,5 +1,6 @@
 """Attention over tree-shaped KV caches: FastTree (MLSys'25) for any array framework, on CUDA and on the CPU."""
 
+from fasttree_cupy.capacity import Capacity
 from fasttree_cupy.decode import fasttree_decode
 from fasttree_cupy.merging import merge_states
 from fasttree_cupy.metadata import MetadataTuple
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "Capacity",
     "DecodePlan",
     "FastTreeParams",
     "GpuPreset",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["flat_int64", "int_matrix", "int_vector"]
+__all__ = ["flat_int64", "host_array", "int_matrix", "int_vector"]
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -20,7 +20,7 @@ def int_vector(values: npt.ArrayLike, name: str) -> Int64Array:
         if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
             raise TypeError(f"{name} is {type(values).__name__}, expected a sequence of integers")
         return flat_int64(list(values), lambda k: f"{name}[{k}]")
-    values = _host_array(values, name)
+    values = host_array(values, name)
     if values.ndim != 1 or values.dtype.kind not in "iu":
         raise TypeError(f"{name} is {values.dtype} of shape {values.shape}, expected integers, one dimension")
     if values.dtype == np.uint64 and values.size and values.max() > np.iinfo(np.int64).max:
@@ -30,7 +30,7 @@ def int_vector(values: npt.ArrayLike, name: str) -> Int64Array:
 
 def int_matrix(values: npt.ArrayLike, name: str) -> npt.NDArray[np.integer[Any]]:
     """`values` as an array of integers of two dimensions, without a copy where it is an array in host memory."""
-    matrix = _host_array(values, name)
+    matrix = host_array(values, name)
     if matrix.ndim != 2:
         raise ValueError(f"{name} has shape {matrix.shape}, expected two dimensions")
     if matrix.dtype.kind not in "iu":
@@ -38,7 +38,8 @@ def int_matrix(values: npt.ArrayLike, name: str) -> npt.NDArray[np.integer[Any]]
     return matrix
 
 
-def _host_array(values: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
+def host_array(values: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
+    """`values` as an array in host memory, of whatever type."""
     try:
         return np.asarray(values)
     except TypeError:  # an array on a GPU

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fasttree_cupy.capacity import Capacity, checked_capacity
 from fasttree_cupy.checks import (
     check_inputs,
     check_output,
@@ -25,6 +27,7 @@ from fasttree_cupy.execution.operands import Operands
 from fasttree_cupy.execution.plan_memory import PlanMemory
 from fasttree_cupy.execution.schedule import BalancedSchedule, HeuristicSchedule, Schedule, SubtreeSchedule
 from fasttree_cupy.execution.turns import Turns
+from fasttree_cupy.growth import MOST_ROWS, Growth, grow
 from fasttree_cupy.integers import int_vector
 from fasttree_cupy.params import FastTreeParams, checked_heads, preset
 from fasttree_cupy.planning import balanced, greedy, subtree
@@ -33,9 +36,6 @@ from fasttree_cupy.scales import checked_scale
 from fasttree_cupy.tree import KVTree, KVTreeNode, as_tree
 
 __all__ = ["DecodePlan", "plan_decode"]
-
-MOST_ROWS = 2**31 - 1
-"""Rows of a pool that int32 row numbers tell apart."""
 
 
 def plan_decode(
@@ -46,6 +46,7 @@ def plan_decode(
     *,
     kv_indices: Any = None,
     device: str | None = None,
+    capacity: Capacity | None = None,
     place: bool = True,
 ) -> DecodePlan:
     """Plan the decoding of a tree.
@@ -63,6 +64,8 @@ def plan_decode(
         By default K and V hold them in that order. From a paged cache `KVTree.from_block_tables` gives them.
     device : str, optional
         "cpu", "cuda" or "cuda:<n>"; by default the GPU where one is usable, else the CPU.
+    capacity : Capacity, optional
+        Makes a plan whose tree can grow up to it: see `DecodePlan.append`, `fork` and `finish`.
     place : bool
         Whether to place the plan on the device, in memory of its own. Else nothing is allocated there: the plan knows
         what it needs, and `DecodePlan.place` takes the caller's workspace.
@@ -80,7 +83,9 @@ def plan_decode(
     tree = as_tree(tree_info)
     heads, kv_heads = checked_heads(num_qo_heads, num_kv_heads)
     head_dim = checked_head_dim(head_dim)
-    plan = DecodePlan(tree, heads, kv_heads, head_dim, resolve_device(device), checked_rows(kv_indices, tree))
+    room = None if capacity is None else checked_capacity(capacity, tree)
+    rows = checked_rows(kv_indices, tree)
+    plan = DecodePlan(tree, heads, kv_heads, head_dim, resolve_device(device), rows, room)
     if place:
         plan.place()
     return plan
@@ -92,9 +97,10 @@ class DecodePlan:
     Attributes
     ----------
     batch_size, num_tokens : int
-        Requests, and rows that K and V must have, or in a pool have at least.
+        Requests, and rows that K and V must have, or in a pool have at least. Where the tree can grow, the requests are
+        the slots of its capacity.
     from_pool : bool
-        Whether the plan was made with ``kv_indices``.
+        Whether K and V are a pool of any size: the plan was made with ``kv_indices``, or with a capacity.
     num_qo_heads, num_kv_heads, head_dim : int
         Head layout.
     device : str
@@ -108,9 +114,20 @@ class DecodePlan:
 
     Notes
     -----
+    A plan made with a capacity grows by `append`, `fork` and `finish`. Its requests have slots, 0 to
+    ``capacity.requests - 1``: row i of Q, of the output and of the LSE is that of the request in slot i, and stays so.
+    Rows of slots that are free are neither read nor written: in an output that `run` makes they hold anything. The
+    tree's requests have slots 0, 1, ... at first.
+
+    On compute capability 9.0 such a plan's memory keeps its place and size, and its arrays are edited there: a CUDA
+    graph of `run` stays right through every change between its replays. On other devices the tree is planned and placed
+    anew by the next `run` after a change, so that graphs must be captured anew too, and `workspace_bytes` and
+    `schedule_bytes` are those of the last time.
+
     Runs of one plan may come from several threads and on several streams. As they share its workspace, each waits on
-    the GPU for the one before it, unless the plan needs none. The replays of a CUDA graph that captured a run are the
-    caller's to order, among each other and with runs. Two plans share nothing.
+    the GPU for the one before it, unless the plan needs none. Changes of the tree take their turns among them, and come
+    from one thread at a time. The replays of a CUDA graph that captured a run are the caller's to order, among each
+    other and with runs and changes. Two plans share nothing.
 
     On a GPU a tile holds several requests, and what a request must not see is weighted by 0: an infinity or NaN in V
     then reaches the other requests of its tile.
@@ -124,9 +141,10 @@ class DecodePlan:
         head_dim: int,
         device: str,
         kv_indices: npt.NDArray[np.int32] | None = None,
+        capacity: Capacity | None = None,
     ) -> None:
-        self.batch_size = tree.batch_size
-        self.from_pool = kv_indices is not None
+        self.batch_size = tree.batch_size if capacity is None else capacity.requests
+        self.from_pool = kv_indices is not None or capacity is not None
         self.num_tokens = tree.unique_tokens if kv_indices is None else int(kv_indices.max(initial=-1)) + 1
         self.num_qo_heads = num_qo_heads
         self.num_kv_heads = num_kv_heads
@@ -134,13 +152,28 @@ class DecodePlan:
         self.device = device
         kind, _, index = device.partition(":")
         self._place = (kind, int(index or 0))
-        self.schedule = make_schedule(tree, num_qo_heads, num_kv_heads, head_dim, device, kv_indices)
-        self.workspace_bytes = self.schedule.needs.workspace_bytes
-        self.schedule_bytes = self.schedule.needs.schedule_bytes
         self.memory: PlanMemory | None = None
         self._turns = Turns()
         self._checked_inputs: tuple[Any, ...] = ()
         self._checked_output: tuple[Any, ...] = ()
+        make = partial(make_schedule, num_qo_heads, num_kv_heads, head_dim, device)
+        self._growth: Growth | None = None
+        if capacity is None:
+            self.schedule: Schedule = make(tree, kv_indices)
+        else:
+            layout = (num_qo_heads, num_kv_heads, head_dim)
+            self._growth = grow(tree, kv_indices, capacity, layout, device, make, self._turns)
+            self.schedule = self._growth.schedule()
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of device memory that runs write to."""
+        return self.schedule.needs.workspace_bytes
+
+    @property
+    def schedule_bytes(self) -> int:
+        """Bytes of the index arrays that runs read."""
+        return self.schedule.needs.schedule_bytes
 
     def __repr__(self) -> str:
         return (
@@ -156,7 +189,8 @@ class DecodePlan:
         workspace : array of any known dtype, at least `workspace_bytes` long, optional
             The caller's contiguous buffer, on the plan's device, from a multiple of 16 bytes on. What it holds does not
             matter. Until the last run is done it is the plan's alone; where another plan was given it meanwhile, place
-            anew. By default a new one is allocated.
+            anew. By default a new one is allocated. Where a plan that grows is planned anew after a change, its
+            workspace is not the same for long: there none can be given.
 
         Raises
         ------
@@ -166,6 +200,11 @@ class DecodePlan:
         kind, index = self._place
         framework = "cupy"
         if workspace is not None:
+            if self._growth is not None and not self._growth.follows:
+                raise ValueError(
+                    f"workspace is given, but a plan that grows on {self.device} needs another one after a change, "
+                    "expected workspace left out"
+                )
             check_same("workspace", "device", arrays.device_of("workspace", workspace), self._place)
             framework = arrays.framework_of(workspace)
         with nullcontext() if kind == "cpu" else streams.use_device(index):
@@ -245,7 +284,10 @@ class DecodePlan:
         with nullcontext() if kind == "cpu" else streams.use_device(index):
             work = None
             if kind == "cuda":
-                work = streams.WorkStream(streams.stream_handle(stream, arrays.framework_of(q), index), index)
+                framework = arrays.framework_of(q)
+                if self._growth is not None:
+                    self._growth.framework = framework
+                work = streams.WorkStream(streams.stream_handle(stream, framework, index), index)
             q_view, k_view, v_view = arrays.view("q", q, work), arrays.view("k", k, work), arrays.view("v", v, work)
             self._check(q_view, k_view, v_view)
             k_factor = checked_scale("k_scale", k_scale, k_view, work)
@@ -265,20 +307,120 @@ class DecodePlan:
                 made = out if out is not None else arrays.hand_back(result, q_view)
                 return made if lse is None else (made, arrays.hand_back(lse, q_view))
 
+    @property
+    def live(self) -> npt.NDArray[np.int32]:
+        """Slots of the requests of a tree that can grow, ascending: int32 (B,), read-only."""
+        return self._growing().tree.live
+
+    @property
+    def tree(self) -> KVTree:
+        """The tree that can grow as it stands; request i is the one in slot ``live[i]``."""
+        return self._growing().tree.snapshot()[0]
+
+    @property
+    def kv_indices(self) -> npt.NDArray[np.int32]:
+        """Rows of K and V of the tokens of `tree`, as `plan_decode` takes them: int32 (unique_tokens,)."""
+        return self._growing().tree.snapshot()[1]
+
+    def append(self, rows: Any, requests: Any = None, *, stream: Any = None) -> None:
+        """Add tokens to the ends of requests' paths.
+
+        Parameters
+        ----------
+        rows : array of int, shape (n_requests,) or (n_requests, n), in host memory
+            Rows of K and V of each request's new tokens, one or n. No run may read them before they are written.
+        requests : array of int, shape (n_requests,), optional
+            Slots of the requests, each named once; by default all of `live`.
+        stream : int, CuPy stream, object with ``__cuda_stream__`` or ``cuda_stream``, optional
+            CUDA stream on which to edit the plan's arrays; by default the current one of CuPy, or of torch where the
+            plan has last run on its tensors.
+
+        Raises
+        ------
+        TypeError, ValueError
+            The plan was made without a capacity or its capacity is exceeded, an argument is wrong, or the stream is
+            being captured. Nothing has changed.
+        RuntimeError
+            The plan was made with ``place=False`` and is not placed yet.
+        """
+        most = self._growing().append(rows, requests, stream, self._placed())
+        if most >= self.num_tokens:
+            self.num_tokens = most + 1
+            self._checked_inputs = ()
+
+    def fork(self, requests: Any, *, stream: Any = None) -> npt.NDArray[np.int32]:
+        """Make requests that share every token so far of their parents; what is appended later is each one's own.
+
+        Parameters
+        ----------
+        requests : array of int, shape (n,)
+            Slots of the parents. One may be named several times. A request with no tokens, which the tree may have from
+            the beginning, is a parent for requests that share nothing.
+        stream
+            See `append`.
+
+        Returns
+        -------
+        int32 (n,)
+            Slots of the new requests, in the order of their parents.
+
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError
+            See `append`.
+        """
+        return self._growing().fork(requests, stream, self._placed())
+
+    def finish(self, requests: Any, *, stream: Any = None) -> None:
+        """End requests: their slots are free for later forks, and what no other request has is not read any more.
+
+        Parameters
+        ----------
+        requests : array of int, shape (n,)
+            Slots of the requests, each named once. One at least must stay live.
+        stream
+            See `append`.
+
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError
+            See `append`.
+        """
+        self._growing().finish(requests, stream, self._placed())
+
+    def _growing(self) -> Growth:
+        if self._growth is None:
+            raise ValueError("the plan's tree cannot grow, expected a plan made by plan_decode(..., capacity=...)")
+        return self._growth
+
+    def _ready(self, work: streams.WorkStream | None) -> tuple[Schedule, PlanMemory]:
+        """What runs the tree as it stands, and its memory; made here where the schedule does not follow changes."""
+        memory = self._placed()
+        if self._growth is None:
+            return self.schedule, memory
+        with self._turns.lock:
+            schedule = self._growth.schedule()
+            if schedule is not self.schedule:
+                self.schedule, self.memory = schedule, schedule.needs.place(None, work)
+            return schedule, self._placed()
+
+    def _placed(self) -> PlanMemory:
+        if self.memory is None:
+            raise RuntimeError("the plan was made with place=False, expected a call of place first")
+        return self.memory
+
     def _queue(self, operands: Operands, work: streams.WorkStream | None) -> None:
-        """Run the schedule on checked arrays, in turn with the plan's other runs."""
-        memory = self.memory
-        if memory is None:
-            raise RuntimeError("the plan was made with place=False, expected a call of place before run")
+        """Run the schedule on checked arrays, in turn with the plan's other runs and changes."""
+        schedule, memory = self._ready(work)
         if work is None:
-            self.schedule.run(operands, memory, None)
+            schedule.run(operands, memory, None)
             return
-        if self.workspace_bytes == 0:
-            self.schedule.run(operands, memory, work)
+        if schedule.needs.workspace_bytes == 0:
+            schedule.run(operands, memory, work)
         else:
             with self._turns.lock:
                 self._turns.wait(work)
-                self.schedule.run(operands, memory, work)
+                schedule.run(operands, memory, work)
                 self._turns.end(work)
         borrowed = operands.views()
         work.keep_borrowed((*borrowed, memory.workspace) if memory.borrowed else borrowed, memory, memory.home)
@@ -323,14 +465,18 @@ def checked_rows(kv_indices: Any, tree: KVTree) -> npt.NDArray[np.int32] | None:
 
 
 def make_schedule(
-    tree: KVTree,
     num_qo_heads: int,
     num_kv_heads: int,
     head_dim: int,
     device: str,
+    tree: KVTree,
     kv_indices: npt.NDArray[np.int32] | None,
+    requests: npt.NDArray[np.int32] | None = None,
 ) -> Schedule:
-    """Plan a tree for a device: our own planners where their kernels can run, else the documented heuristic."""
+    """Plan a tree for a device: our own planners where their kernels can run, else the documented heuristic.
+
+    `requests` are the rows of Q and of the output of the tree's requests; by default 0, 1, ...
+    """
     group = num_qo_heads // num_kv_heads
     if device != "cpu":
         multiprocessors = cuda.multiprocessors(int(device.removeprefix("cuda:")))
@@ -339,6 +485,9 @@ def make_schedule(
             return BalancedSchedule(equal, head_dim, device)
         if SubtreeSchedule.problem(device, group, head_dim) is None:
             made = subtree.plan(tree, group, num_kv_heads, head_dim, machine_of(multiprocessors), kv_indices)
+            if requests is not None:
+                order, merged = requests[made.request_order], requests[made.merge_requests]
+                made = made._replace(request_order=order, merge_requests=merged)
             return SubtreeSchedule(made, num_qo_heads, head_dim, device)
     chosen = preset("H100")
     params = FastTreeParams.for_gpu("H100", group)
@@ -348,4 +497,6 @@ def make_schedule(
     )  # fmt: skip
     if kv_indices is not None:
         heuristic = heuristic._replace(vnode_to_kv_entries=kv_indices[heuristic.vnode_to_kv_entries])
-    return HeuristicSchedule(heuristic, tree.unique_tokens, num_qo_heads, head_dim, device)
+    if requests is not None:
+        heuristic = heuristic._replace(vnode_to_q_entries=requests[heuristic.vnode_to_q_entries])
+    return HeuristicSchedule(heuristic, tree.unique_tokens, num_qo_heads, head_dim, device, requests)

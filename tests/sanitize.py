@@ -6,6 +6,7 @@ Results are not looked at here; test_decode.py and test_plan.py do that. Exit st
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import ml_dtypes
 
@@ -25,6 +26,22 @@ TREES = (
     ft.KVTree.from_levels([1, 2], [2600, 17]),  # cut so often that workers merge together
     ft.KVTree([-1, 0, 0, 1], [0, 0, 70, 65], [0] * 70 + [1, 2, 3, 3]),  # tiles that attend to nothing
 )
+
+
+def run_growing(tree: ft.KVTree, heads: int, kv_heads: int, head_dim: int, q: Any, k: Any, v: Any) -> int:
+    """Runs of a plan that grows, after changes of each kind; returns their number."""
+    capacity = ft.Capacity(tree.batch_size, tree.unique_tokens)
+    plan = ft.plan_decode(tree, heads, kv_heads, head_dim, device="cuda", capacity=capacity)
+    last = plan.live[-1:]
+    given_back = tree.unique_tokens - int(tree.seqlen[tree.request_node[-1]])
+    plan.run(q, k, v)
+    plan.finish(last)
+    plan.run(q, k, v)
+    plan.fork(plan.live[:1])
+    plan.run(q, k, v, return_lse=True)
+    plan.append(range(given_back, plan.num_tokens)[:1], last)
+    plan.run(q, k, v)
+    return 4
 
 
 def main() -> int:
@@ -55,7 +72,7 @@ def main() -> int:
                 plan.run(q, k, v, logit_cap=cap, return_lse=True)
             zeros = cupy.zeros(k.shape, "uint8").view(ml_dtypes.float8_e4m3fn)
             plan.run(q, zeros, zeros, k_scale=0.5, v_scale=cupy.ones(kv_heads, "float32"))
-            runs += 2
+            runs += 2 + run_growing(tree, heads, kv_heads, head_dim, q, k, v)
     cupy.cuda.Device().synchronize()
     print(f"{runs} runs")
     return 0

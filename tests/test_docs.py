@@ -35,7 +35,8 @@ def test_lines_on_serving_run_and_are_right() -> None:
     names: dict[str, Any] = {}
     for block in blocks:
         exec(block, names)
-    # The last block merged a document's tokens with each request's own: one tree holds both.
+    check_the_grown_tree(names)
+    # The block before merged a document's tokens with each request's own: one tree holds both.
     names["rng"] = np.random.default_rng(0)  # the guide draws from this seed, in this order
     half = names["half"]
     for shape in ((112, 2, 64), (112, 2, 64), (3, 8, 64), (3, 8, 64), (80, 2, 64), (80, 2, 64), (4, 8, 64)):
@@ -43,8 +44,16 @@ def test_lines_on_serving_run_and_are_right() -> None:
     queries, *caches = half(2, 8, 64), half(500, 2, 64), half(500, 2, 64), half(50, 2, 64), half(50, 2, 64)
     k, v = np.concatenate(caches[0::2]), np.concatenate(caches[1::2])
     expected, expected_lse = dense_attention([-1, 0, 0], [500, 20, 30], [1, 2], queries, k, v, 64**-0.5)
-    assert_close(names["out"], expected, np.float16)
+    assert_close(names["merged"], expected, np.float16)
     np.testing.assert_allclose(names["lse"], expected_lse, rtol=0, atol=1e-4)
+
+
+def check_the_grown_tree(names: dict[str, Any]) -> None:
+    paths = [[*range(45), 60, 61, 62], [*range(45), 60, 90, 91]]
+    live, rows = [0, names["child"]], np.array(paths).ravel()
+    pools = (names["pool_k"][rows], names["pool_v"][rows])
+    expected, _ = dense_attention([-1, 0, 0], [0, 48, 48], [1, 2], names["queries"][live], *pools, 64**-0.5)
+    assert_close(names["out"][live], expected, np.float16)
 
 
 def rows_of_table(guide: str, columns: int) -> list[list[str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -45,25 +44,32 @@ def test_the_trees_requests_see_what_the_mask_says() -> None:
         np.testing.assert_array_equal(np.sort(tree.request_rows(request)), np.flatnonzero(mask[request]))
 
 
+@pytest.mark.parametrize("framework", ["numpy", "torch", "jax", pytest.param("cupy", marks=pytest.mark.gpu)])
+def test_decode_loop(framework: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip(framework, reason=f"no {framework}")
+    assert load("decode_loop").main(["--framework", framework]) == 0
+    assert "40 steps of 2 layers: 4 requests, 414 tokens stored: relative error" in capsys.readouterr().out
+
+
+def test_decode_loop_notices_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    append = ft.DecodePlan.append
+    monkeypatch.setattr(ft.DecodePlan, "append", lambda plan, rows: append(plan, np.roll(rows, 1)))
+    assert load("decode_loop").main([]) == 1
+
+
 @pytest.mark.parametrize("framework", ["numpy", "torch", "jax"])
 def test_beam_search(framework: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip(framework, reason=f"no {framework}")
     example = load("beam_search")
     assert example.main([framework]) == 0
     printed = capsys.readouterr().out
-    assert f"{example.STEPS} steps, 13 forks: {example.BEAMS} hypotheses" in printed
+    assert f"{example.STEPS} steps, 14 forks: {example.BEAMS} hypotheses" in printed
 
 
 def test_beam_search_notices_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    example = load("beam_search")
-    find_tree = example.find_tree
-
-    def wrong(hypotheses: list[list[int]]) -> tuple[ft.KVTree, np.ndarray[Any, Any]]:
-        tree, kv_indices = find_tree(hypotheses)
-        return tree, np.roll(kv_indices, 1)
-
-    monkeypatch.setattr(example, "find_tree", wrong)
-    assert example.main(["numpy"]) == 1
+    append = ft.DecodePlan.append
+    monkeypatch.setattr(ft.DecodePlan, "append", lambda plan, rows, slots: append(plan, np.roll(rows, 1), slots))
+    assert load("beam_search").main(["numpy"]) == 1
 
 
 def test_beam_search_releases_what_nobody_holds(monkeypatch: pytest.MonkeyPatch) -> None:

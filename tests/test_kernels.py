@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fasttree_cupy.execution import cuda, kernels
+from fasttree_cupy.execution.edits import EDIT_PLAN_PARAMS
 from fasttree_cupy.execution.kernels import HEAD_DIMS, KernelConfig, all_configs, choose_tile, tiles
 from fasttree_cupy.planning import balanced
 from fasttree_cupy.planning.subtree import ITEM_FIELDS, most_warps
@@ -29,6 +30,8 @@ def test_parameter_structs_have_the_size_that_the_sources_assert() -> None:
     assert f"static_assert(sizeof(WorkItem) == {4 * len(balanced.ITEM_FIELDS)}" in work
     merge = kernels.source_text("merge_states")
     assert f"static_assert(sizeof(MergeStatesParams) == {cuda.MERGE_STATES_PARAMS.itemsize}" in merge
+    edit = kernels.source_text("edit_plan")
+    assert f"static_assert(sizeof(EditPlanParams) == {EDIT_PLAN_PARAMS.itemsize}" in edit
     assert f"static_assert(sizeof(Stage2Params) == {cuda.STAGE2_PARAMS.itemsize}" in kernels.source_text("stage2")
 
 
@@ -72,6 +75,7 @@ def test_planner_and_worker_kernel_agree_on_tiles() -> None:
     assert max(kernels.WORKER_ROW_GROUPS) == balanced.MOST_ROW_GROUPS
     header = (kernels.cuda_src() / "include" / "warpgroup_rows.cuh").read_text()
     assert f"constexpr int kGroupRows = {kernels.WORKER_GROUP_ROWS};" in header
+    assert f"constexpr int kThreads = {kernels.edit_config().threads};" in kernels.source_text("edit_plan")
 
 
 def test_the_worker_kernel_fits_a_multiprocessor() -> None:
@@ -84,7 +88,7 @@ def test_gpus_get_the_kernels_that_they_can_run() -> None:
     ampere = {"stage1_plain", "stage1_mma", "stage2", "merge_states", "tree_decode"}
     assert {config.name for config in all_configs(75)} == {"stage1_plain", "stage2", "merge_states"}
     assert {config.name for config in all_configs(80)} == ampere
-    assert {config.name for config in all_configs(90)} == ampere | {"tree_decode_sm90"}
+    assert {config.name for config in all_configs(90)} == ampere | {"tree_decode_sm90", "edit_plan"}
     assert {config.name for config in all_configs(100)} == ampere
 
 
@@ -133,8 +137,15 @@ def test_a_variant_compiles_for_ampere_and_reports_its_resources() -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [cuda.STAGE1_PARAMS, cuda.STAGE2_PARAMS, cuda.TREE_DECODE_PARAMS, cuda.WORK_PARAMS, cuda.MERGE_STATES_PARAMS],
-    ids=["stage1", "stage2", "tree_decode", "work", "merge_states"],
+    [
+        cuda.STAGE1_PARAMS,
+        cuda.STAGE2_PARAMS,
+        cuda.TREE_DECODE_PARAMS,
+        cuda.WORK_PARAMS,
+        cuda.MERGE_STATES_PARAMS,
+        EDIT_PLAN_PARAMS,
+    ],
+    ids=["stage1", "stage2", "tree_decode", "work", "merge_states", "edit_plan"],
 )
 def test_packed_parameters_are_those_of_numpy(fields: np.dtype[Any]) -> None:
     rng = np.random.default_rng(4)

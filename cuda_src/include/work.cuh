@@ -33,7 +33,7 @@ struct WorkParams {
     int* counters;             // [counters, row groups]: 0 before the first launch, then left as the next one needs them
     const WorkItem* items;     // [items]: worker w begins with items[w]
     const Segment* segments;   // [segments]
-    const int* request_order;  // [batch]: requests in plan order
+    const int* request_order;  // [batch]: requests in plan order; -1: one that has finished
     i64 q_stride_request, q_stride_head;
     i64 k_stride_token, k_stride_head;  // token strides below 2^30
     i64 v_stride_token, v_stride_head;

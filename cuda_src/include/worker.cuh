@@ -109,7 +109,7 @@ __device__ __forceinline__ void prefetch_item(const WorkItem* item) {
 
 // Where a row of an item's queries and outputs lies.
 struct QueryRow {
-    bool valid;
+    bool valid;  // whether there is such a row, and its request has not finished
     int head;
     i64 request;
 
@@ -117,5 +117,6 @@ struct QueryRow {
         : valid(row < item.num_requests * p.group), head(item.kv_head * p.group + row % p.group) {
         const int in_item = valid ? row / p.group : 0;
         request = item.first_request >= 0 ? item.first_request + in_item : p.request_order[item.first_position + in_item];
+        valid = valid && request >= 0;
     }
 };

@@ -1,20 +1,20 @@
-"""Beam search over a growing tree: hypotheses fork and end, K and V stay where they are in a pool.
+"""Beam search on one plan: hypotheses fork and end, K and V stay where they are in a pool.
 
 ::
 
     python docs/examples/beam_search.py numpy|torch|jax [--device cpu|cuda]
 
-Each step plans the tree of the hypotheses anew, runs the plan once a layer, and lets the best hypotheses go on; two may
-go on from one. A hypothesis is the list of its tokens' rows in the pool. Hypotheses share the rows that they have in
-common, so that the tree is found in these lists, and a row is free again when no hypothesis holds it. Prints the
-largest error of all steps and layers against dense attention.
+Each step runs the plan once a layer and lets the best hypotheses go on; two may go on from one, so that one forks and
+another ends. A hypothesis has a slot of the plan: its row of queries and outputs. Beside it stands a list of its
+tokens' rows in the pool, to know which rows are free again and to check results. Prints the largest error of all steps
+and layers against dense attention.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ TOLERANCE = 5e-4
 """Relative Frobenius norm, float16."""
 
 Halves = npt.NDArray[np.float16]
+Hypotheses = dict[int, list[int]]
+"""Slot -> rows of the pool."""
 
 
 class Pool:
@@ -67,49 +69,49 @@ class Pool:
                     array[rows] = new
         return rows
 
-    def release(self, before: Sequence[Sequence[int]], after: Sequence[Sequence[int]]) -> None:
+    def release(self, before: Iterable[Sequence[int]], after: Iterable[Sequence[int]]) -> None:
         """Take back the rows that no hypothesis holds any more."""
         self.free += sorted(set().union(*before) - set().union(*after))
 
 
-def find_tree(hypotheses: Sequence[Sequence[int]]) -> tuple[ft.KVTree, npt.NDArray[np.int64]]:
-    """The tree of the hypotheses, and the rows of the pool that hold its tokens."""
-    tree = ft.KVTree.from_sequences(hypotheses)
-    kv_indices = np.empty(tree.unique_tokens, np.int64)
-    for request, rows in enumerate(hypotheses):
-        kv_indices[tree.request_rows(request)] = rows
-    return tree, kv_indices
+def dense_attention(q: Halves, pool: npt.NDArray[Any], rows: Sequence[int]) -> npt.NDArray[np.float64]:
+    """A hypothesis' attention to its own rows, in float64."""
+    keys, values = np.repeat(pool[:, list(rows)].astype(np.float64), NUM_QO_HEADS // NUM_KV_HEADS, axis=2)
+    scores = np.einsum("hd,khd->hk", q.astype(np.float64), keys) * HEAD_DIM**-0.5
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return np.einsum("hk,khd->hd", weights / weights.sum(axis=1, keepdims=True), values)
 
 
-def dense_attention(q: Halves, pool: npt.NDArray[Any], hypotheses: Sequence[Sequence[int]]) -> npt.NDArray[np.float64]:
-    """Each hypothesis' attention to its own rows, in float64."""
-    outputs = []
-    for query, rows in zip(q.astype(np.float64), hypotheses, strict=True):
-        keys, values = np.repeat(pool[:, list(rows)].astype(np.float64), NUM_QO_HEADS // NUM_KV_HEADS, axis=2)
-        scores = np.einsum("hd,khd->hk", query, keys) * HEAD_DIM**-0.5
-        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-        outputs.append(np.einsum("hk,khd->hd", weights / weights.sum(axis=1, keepdims=True), values))
-    return np.array(outputs)
-
-
-def decode(pool: Pool, hypotheses: Sequence[Sequence[int]], rng: np.random.Generator) -> tuple[Halves, float]:
+def decode(
+    plan: ft.DecodePlan, pool: Pool, hypotheses: Hypotheses, rng: np.random.Generator
+) -> tuple[dict[int, Halves], float]:
     """The last layer's output of each hypothesis, and the largest error of all layers."""
-    tree, kv_indices = find_tree(hypotheses)
-    plan = ft.plan_decode(tree, NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM, kv_indices=kv_indices, device=pool.device)
     errors = []
     for layer in range(LAYERS):
-        q = rng.standard_normal((len(hypotheses), NUM_QO_HEADS, HEAD_DIM)).astype(np.float16)
+        q = rng.standard_normal((BEAMS, NUM_QO_HEADS, HEAD_DIM)).astype(np.float16)
         out = plan.run(pool.put(q), *pool.arrays[layer])
         found = np.asarray(out.cpu() if pool.framework == "torch" else out)
-        expected = dense_attention(q, pool.host[layer], hypotheses)
-        errors.append(float(np.linalg.norm(found - expected) / np.linalg.norm(expected)))
-    return found, float(np.max(errors))  # NaN stays NaN
+        for slot, rows in hypotheses.items():
+            expected = dense_attention(q[slot], pool.host[layer], rows)
+            errors.append(float(np.linalg.norm(found[slot] - expected) / np.linalg.norm(expected)))
+    return {slot: found[slot] for slot in hypotheses}, float(np.max(errors))  # NaN stays NaN
 
 
-def survivors(output: Halves) -> npt.NDArray[np.intp]:
-    """Which hypothesis each of the next ones goes on from: the best BEAMS of two continuations of each."""
-    scores = np.concatenate([output.astype(np.float64).sum(axis=(1, 2)), output[:, 0].astype(np.float64).sum(axis=1)])
-    return np.argsort(-scores, kind="stable")[:BEAMS] % len(output)
+def survivors(outputs: dict[int, Halves]) -> list[int]:
+    """The slot that each of the next hypotheses goes on from: the best BEAMS of two continuations of each."""
+    scores = [(float(out.astype(np.float64).sum()), slot) for slot, out in outputs.items()]
+    scores += [(float(out[0].astype(np.float64).sum()), slot) for slot, out in outputs.items()]
+    return [slot for _, slot in sorted(scores, reverse=True)[:BEAMS]]
+
+
+def step_on(plan: ft.DecodePlan, hypotheses: Hypotheses, parents: Sequence[int]) -> tuple[Hypotheses, int]:
+    """End what nobody goes on from, and fork what several do; returns the hypotheses, and how many forked."""
+    ended = sorted(set(hypotheses) - set(parents))
+    forked = [parent for number, parent in enumerate(parents) if parent in parents[:number]]
+    plan.finish(ended)
+    children = plan.fork(forked).tolist()
+    kept = {slot: rows for slot, rows in hypotheses.items() if slot not in ended}
+    return kept | {child: list(kept[parent]) for child, parent in zip(children, forked, strict=True)}, len(forked)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,24 +123,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     rng = np.random.default_rng(0)
     pool = Pool(args.framework, args.device)
-    hypotheses = [pool.store(rng, PROMPT_TOKENS)]
+    prompt = pool.store(rng, PROMPT_TOKENS)
+    hypotheses: Hypotheses = {0: prompt}
+    plan = ft.plan_decode(
+        ft.KVTree(parent=[-1], seqlen=[PROMPT_TOKENS]), NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM,
+        kv_indices=prompt, device=args.device, capacity=ft.Capacity(BEAMS, POOL_ROWS),
+    )  # fmt: skip
     errors, forks = [], 0
     for _ in range(STEPS):
-        output, error = decode(pool, hypotheses, rng)
+        outputs, error = decode(plan, pool, hypotheses, rng)
         errors.append(error)
-        parents = survivors(output)
-        forks += len(parents) - len(set(parents.tolist()))
-        before = hypotheses
-        hypotheses = [before[parent] + pool.store(rng, 1) for parent in parents]
-        pool.release(before, hypotheses)
+        before = list(map(list, hypotheses.values()))
+        hypotheses, forked = step_on(plan, hypotheses, survivors(outputs))
+        forks += forked
+        pool.release(before, hypotheses.values())
+        rows = pool.store(rng, len(hypotheses))
+        plan.append(rows, list(hypotheses))
+        for path, row in zip(hypotheses.values(), rows, strict=True):
+            path.append(row)
     worst = float(np.max(errors))
-    tree, _ = find_tree(hypotheses)
-    held = POOL_ROWS - len(pool.free)
+    held, stored = POOL_ROWS - len(pool.free), plan.tree.unique_tokens
     print(
-        f"{STEPS} steps, {forks} forks: {len(hypotheses)} hypotheses of {len(hypotheses[0])} tokens, "
-        f"{tree.unique_tokens} stored in {held} rows: relative error {worst:.1e}"
+        f"{STEPS} steps, {forks} forks: {len(hypotheses)} hypotheses of {PROMPT_TOKENS + STEPS} tokens, "
+        f"{stored} stored in {held} rows: relative error {worst:.1e}"
     )
-    return 0 if worst < TOLERANCE and held == tree.unique_tokens else 1
+    return 0 if worst < TOLERANCE and held == stored else 1
 
 
 if __name__ == "__main__":

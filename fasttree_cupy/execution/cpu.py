@@ -42,6 +42,7 @@ def decode(
     sm_scale: float,
     logit_cap: float = -1.0,
     lse: Float32Array | None = None,
+    requests: Int32Array | None = None,
     k_scale: float | Float32Array = 1.0,
     v_scale: float | Float32Array = 1.0,
 ) -> None:
@@ -64,6 +65,8 @@ def decode(
         Soft cap ``logit_cap * tanh(score / logit_cap)`` where positive, otherwise none.
     lse
         (batch_size, num_qo_heads), float32: written where given, the natural-log LSE.
+    requests
+        int32: the requests of the lists of partial outputs, whose rows alone are written; by default 0, 1, ...
     k_scale, v_scale
         Factor of `k` or `v`, or an array of one for each KV head.
     """
@@ -74,20 +77,21 @@ def decode(
     kv_lists = _Lists(m.vnode_to_kv_entries, m.vnode_to_kv_offs, m.vnode_to_kv_lens)
     q_lists = _Lists(m.vnode_to_q_entries, m.vnode_to_q_offs, m.vnode_to_q_lens)
     mid_lists = _Lists(m.req_to_vnode_entries, m.req_to_vnode_offs, m.req_to_vnode_lens)
+    whose = np.arange(len(mid_lists.offs), dtype=np.int32) if requests is None else requests
     with _LOCK:
         _stage1(*inputs, k.shape[1], kv_lists, q_lists, get_num_threads(), m.mid_o, m.mid_lse)
         merged_lse = np.empty(o.shape[:2], np.float32) if lse is None else lse
-        _stage2(mid_lists, m.mid_o, m.mid_lse, inputs.bfloat16, _rows(o, writeable=True), merged_lse)
+        _stage2(mid_lists, whose, m.mid_o, m.mid_lse, inputs.bfloat16, _rows(o, writeable=True), merged_lse)
 
 
-def run(operands: Operands, metadata: MetadataTuple) -> None:
-    """Decode arrays of any framework that lie on the CPU; `metadata` holds NumPy arrays."""
+def run(operands: Operands, metadata: MetadataTuple, requests: Int32Array | None = None) -> None:
+    """Decode arrays of any framework that lie on the CPU; `metadata` holds NumPy arrays. `requests`: see `decode`."""
     q, k, v, o = as_numpy(operands.q), as_numpy(operands.k), as_numpy(operands.v), as_numpy(operands.o)
     lse = None if operands.lse is None else as_numpy(operands.lse)
     k_scale, v_scale = (
         scale if isinstance(scale, float) else as_numpy(scale) for scale in (operands.k_scale, operands.v_scale)
     )
-    decode(q, k, v, o, metadata, operands.sm_scale, operands.logit_cap, lse, k_scale, v_scale)
+    decode(q, k, v, o, metadata, operands.sm_scale, operands.logit_cap, lse, requests, k_scale, v_scale)
 
 
 def check_metadata(metadata: MetadataTuple, num_tokens: int, batch_size: int) -> None:
@@ -374,13 +378,19 @@ def _exp(x: np.float32) -> np.float32:
 
 @njit(cache=True, parallel=True)
 def _stage2(
-    mid_lists: _Lists, mid_o: Float32Array, mid_lse: Float32Array, bfloat16: bool, o: _Rows, lse: Float32Array
+    mid_lists: _Lists,
+    requests: Int32Array,
+    mid_o: Float32Array,
+    mid_lse: Float32Array,
+    bfloat16: bool,
+    o: _Rows,
+    lse: Float32Array,
 ) -> None:
     """Merge the partial outputs of each request and head by their LSE."""
     num_heads = mid_o.shape[1]
     for item in prange(len(mid_lists.offs) * num_heads):
-        request, head = item // num_heads, item % num_heads
-        rows = _members(mid_lists, request)
+        request, head = requests[item // num_heads], item % num_heads
+        rows = _members(mid_lists, item // num_heads)
         top = np.float32(-np.inf)
         for row in rows:
             if mid_lse[row, head] > top:

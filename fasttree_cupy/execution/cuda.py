@@ -169,6 +169,7 @@ def decode(
     phase_q_tile_sizes: Sequence[int],
     kernel: str,
     stream: WorkStream,
+    requests: tuple[int, int] | None = None,
 ) -> None:
     """Launch stage 1, once a phase, and stage 2, on the current device. All arguments have been checked.
 
@@ -182,6 +183,9 @@ def decode(
         Stage-1 kernel, from `check_kernel`.
     stream : WorkStream
         CUDA stream to launch on.
+    requests : (int, int), optional
+        Pointer to the requests of the lists of partial outputs, whose rows alone are written, and their number; by
+        default all.
     """
     with stream.launches():
         phases = zip(phase_node_offsets, phase_node_nums, phase_q_tile_sizes, strict=True)
@@ -189,7 +193,8 @@ def decode(
             if count > 0:
                 launch_stage1(operands, metadata, first_vnode, count, q_tile_size, kernel)
         mid = [view.pointer for view in metadata[9:11]]
-        launch_stage2(operands, mid, [view.pointer for view in metadata[6:9]], operands.o.shape[0])
+        pointer, merges = (0, operands.o.shape[0]) if requests is None else requests
+        launch_stage2(operands, mid, [view.pointer for view in metadata[6:9]], merges, pointer)
 
 
 def launch_stage1(

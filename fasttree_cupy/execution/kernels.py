@@ -15,6 +15,7 @@ __all__ = [
     "MmaTile",
     "choose_tile",
     "compile_options",
+    "edit_config",
     "load_kernel",
     "source_text",
     "tree_decode_config",
@@ -96,8 +97,8 @@ class KernelConfig:
     Attributes
     ----------
     name : str
-        ``"stage1_mma"``, ``"stage1_plain"``, ``"stage2"``, ``"tree_decode"``, ``"tree_decode_sm90"`` or
-        ``"merge_states"``: the file under ``cuda_src/`` and the function in it.
+        ``"stage1_mma"``, ``"stage1_plain"``, ``"stage2"``, ``"tree_decode"``, ``"tree_decode_sm90"``,
+        ``"merge_states"`` or ``"edit_plan"``: the file under ``cuda_src/`` and the function in it.
     dtype : str
         Element type of Q, O and, without `kv_dtype`, K and V: ``"float16"`` or ``"bfloat16"``.
     head_dim : int
@@ -260,6 +261,11 @@ def worker_problem(compute_capability: int, group: int, head_dim: int) -> str | 
     return None
 
 
+def edit_config() -> KernelConfig:
+    """Configuration of ``edit_plan``, for which dtype and head_dim mean nothing."""
+    return KernelConfig("edit_plan", "float16", HEAD_DIMS[0])
+
+
 def all_configs(compute_capability: int) -> list[KernelConfig]:
     """Every configuration that a GPU of this compute capability (times ten) may be asked to run."""
     configs = []
@@ -273,6 +279,8 @@ def all_configs(compute_capability: int) -> list[KernelConfig]:
                 configs += [tree_decode_config(dtype, head_dim, warps, cap, kv) for warps in block_warps(head_dim)]
             if worker_problem(compute_capability, 1, head_dim) is None:
                 configs += [worker_config(dtype, head_dim, row_groups, cap, kv) for row_groups in WORKER_ROW_GROUPS]
+    if compute_capability == WORKER_COMPUTE_CAPABILITY:
+        configs.append(edit_config())
     return configs
 
 

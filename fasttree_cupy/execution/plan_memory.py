@@ -14,7 +14,7 @@ from fasttree_cupy.execution.arrays import ArrayView, aligned_empty, view
 from fasttree_cupy.execution.streams import WorkStream
 from fasttree_cupy.execution.upload import packed_size, upload
 
-__all__ = ["WORKSPACE_ALIGNMENT", "MemoryNeeds", "PlanMemory"]
+__all__ = ["WORKSPACE_ALIGNMENT", "MemoryNeeds", "PlanMemory", "clear"]
 
 WORKSPACE_ALIGNMENT = 16
 """Bytes: a workspace starts at a multiple of this, as the kernels read partial outputs in pieces of this size."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from fasttree_cupy.execution import cpu, cuda
 from fasttree_cupy.execution.arrays import ArrayView, as_numpy
 from fasttree_cupy.execution.kernels import MMA_COMPUTE_CAPABILITY, WORKER_GROUP_ROWS, block_warps, worker_problem
@@ -59,12 +62,16 @@ class BalancedSchedule:
         """Raise ValueError where rows are not aligned."""
         check_rows(q, k, v)
 
+    def lists(self, memory: PlanMemory) -> tuple[int, ...]:
+        """Where items, segments and the order of the requests lie."""
+        return memory.pointers
+
     def run(self, operands: Operands, memory: PlanMemory, stream: WorkStream | None) -> None:
         """Queue one launch."""
         if stream is None:
             raise ValueError("stream is None, expected a CUDA stream")
         mid = (memory.mid_o.pointer, memory.mid_lse.pointer)
-        lists = (memory.counters.pointer, *memory.pointers)
+        lists = (memory.counters.pointer, *self.lists(memory))
         cuda.run_workers(operands, mid, lists, self.num_segments, self.row_groups, self.workers, stream)
 
 
@@ -119,12 +126,23 @@ class SubtreeSchedule:
 class HeuristicSchedule:
     """The documented heuristic's metadata: for the CPU, and for what ``tree_decode`` does not serve."""
 
-    def __init__(self, made: GreedyPlan, num_tokens: int, num_qo_heads: int, head_dim: int, device: str) -> None:
+    def __init__(
+        self,
+        made: GreedyPlan,
+        num_tokens: int,
+        num_qo_heads: int,
+        head_dim: int,
+        device: str,
+        requests: npt.NDArray[np.int32] | None = None,
+    ) -> None:
         self.q_tile_sizes = made.q_tile_sizes
         self.nums = PhaseNodeNums(made.phase_node_nums, num_tokens)
         self.offsets = made.phase_node_offsets
         mid_shape = (len(made.vnode_to_q_entries), num_qo_heads, head_dim)
-        self.needs = MemoryNeeds(made[:9], mid_shape, device)
+        # Of growing plans: whose outputs are written, where these are not all.
+        self.num_requests = None if requests is None else len(requests)
+        whose = () if requests is None else (requests,)
+        self.needs = MemoryNeeds((*made[:9], *whose), mid_shape, device)
 
     def __str__(self) -> str:
         return f"{self.nums[0]} + {self.nums[1]} vnodes, {self.needs.workspace_bytes} bytes of workspace"
@@ -134,10 +152,12 @@ class HeuristicSchedule:
 
     def run(self, operands: Operands, memory: PlanMemory, stream: WorkStream | None) -> None:
         """Run stage 1 and stage 2."""
-        views = (*memory.lists, memory.mid_o, memory.mid_lse)
+        views = (*memory.lists[:9], memory.mid_o, memory.mid_lse)
         if stream is None:
-            cpu.run(operands, MetadataTuple._make([*map(as_numpy, views), self.nums, self.offsets]))
+            requests = None if self.num_requests is None else as_numpy(memory.lists[9])
+            cpu.run(operands, MetadataTuple._make([*map(as_numpy, views), self.nums, self.offsets]), requests)
             return
         choice = "auto" if operands.kv_dtype is None else "plain"
         kernel = cuda.check_kernel(choice, {"q": operands.q, "k": operands.k, "v": operands.v})
-        cuda.decode(operands, views, self.nums, self.offsets, self.q_tile_sizes, kernel, stream)
+        whose = None if self.num_requests is None else (memory.pointers[9], self.num_requests)
+        cuda.decode(operands, views, self.nums, self.offsets, self.q_tile_sizes, kernel, stream, whose)

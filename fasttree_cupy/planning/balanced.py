@@ -20,10 +20,19 @@ from numba import njit
 from fasttree_cupy.planning.dealing import MERGE_TOGETHER, Work, deal
 from fasttree_cupy.planning.machine import WorkerMachine
 from fasttree_cupy.planning.row_tiles import tile_segments, tile_tokens
-from fasttree_cupy.planning.subtree import depth_first, lay_out
+from fasttree_cupy.planning.subtree import _Layout, depth_first, lay_out
 from fasttree_cupy.tree import KVTree
 
-__all__ = ["GROUP_ROWS", "ITEM_FIELDS", "MOST_ROW_GROUPS", "STEP_TOKENS", "BalancedPlan", "plan"]
+__all__ = [
+    "GROUP_ROWS",
+    "ITEM_FIELDS",
+    "MOST_ROW_GROUPS",
+    "SLICE_COLUMNS",
+    "STEP_TOKENS",
+    "BalancedPlan",
+    "plan",
+    "plan_layout",
+]
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -42,7 +51,7 @@ ITEM_FIELDS = (
 """Columns of `BalancedPlan.items`: struct WorkItem of cuda_src/include/work.cuh."""
 
 _INT32_MAX = 2**31 - 1
-_SLICE_COLUMNS = 16
+SLICE_COLUMNS = 16
 """Columns that one of them merges at a time: kSliceOutputs in worker_output.cuh, in both rows of a thread."""
 
 
@@ -121,11 +130,39 @@ def plan(
         )
     request_order, begins, ends = depth_first(tree)
     layout = lay_out(tree, begins, ends, kv_indices)
-    size = 2.0 * head_dim * num_kv_heads * (2.0 * tree.unique_tokens + 2.0 * tree.batch_size * group)
+    return plan_layout(layout, request_order, group, num_kv_heads, head_dim, multiprocessors, machine)
+
+
+def plan_layout(
+    layout: _Layout,
+    request_order: Int32Array,
+    group: int,
+    num_kv_heads: int,
+    head_dim: int,
+    multiprocessors: int,
+    machine: WorkerMachine,
+    row_groups: int | None = None,
+) -> BalancedPlan:
+    """Plan a tree whose runs of tokens are laid out, for as many row groups as are given, or as are cheapest.
+
+    Parameters
+    ----------
+    layout : _Layout
+        Runs of tokens, ancestors first.
+    request_order : int32 (B,)
+        Requests in depth-first order.
+    group, num_kv_heads, head_dim, multiprocessors, machine
+        See `plan`, which has checked them.
+    row_groups : int, optional
+        1 or 2.
+    """
+    batch = len(request_order)
+    size = 2.0 * head_dim * num_kv_heads * (2.0 * layout.seqlen.sum() + 2.0 * batch * group)
     candidates = []
-    for row_groups in range(-(-group // GROUP_ROWS), MOST_ROW_GROUPS + 1):
+    least, most = (-(-group // GROUP_ROWS), MOST_ROW_GROUPS) if row_groups is None else (row_groups, row_groups)
+    for row_groups in range(least, most + 1):
         requests = row_groups * GROUP_ROWS // group
-        tokens, together = tile_tokens(layout, tree.batch_size, group, requests, row_groups)
+        tokens, together = tile_tokens(layout, batch, group, requests, row_groups)
         rates = machine.one_group if row_groups == 1 else machine.two_groups
         step_tokens = STEP_TOKENS[row_groups]
         step_us = rates.step * head_dim / 128
@@ -136,7 +173,7 @@ def plan(
         candidates.append((estimate, row_groups, requests, tokens, pieces))
     estimate, row_groups, requests, tokens, pieces = min(candidates, key=lambda candidate: candidate[0])
     step_tokens = STEP_TOKENS[row_groups]
-    bounds, segments, starts = tile_segments(layout, tree.batch_size, group, requests, row_groups, step_tokens)
+    bounds, segments, starts = tile_segments(layout, batch, group, requests, row_groups, step_tokens)
     items, partials, merges, counters = _items(
         pieces, bounds, segments, starts, tokens, request_order, requests, step_tokens, head_dim
     )
@@ -221,6 +258,6 @@ def _items(
         if count > 1:
             partials += count
             merges += 1
-            counters += 2 + head_dim // _SLICE_COLUMNS if together else 1
+            counters += 2 + head_dim // SLICE_COLUMNS if together else 1
         i += count
     return items, partials, merges, counters

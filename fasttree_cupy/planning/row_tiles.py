@@ -17,7 +17,7 @@ from numba import njit
 
 from fasttree_cupy.planning.subtree import _Layout
 
-__all__ = ["CHUNK_TOKENS", "WARP_ROWS", "tile_segments", "tile_tokens"]
+__all__ = ["CHUNK_TOKENS", "WARP_ROWS", "is_together", "tile_segments", "tile_tokens"]
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -42,7 +42,7 @@ def tile_tokens(
             for tile in range(layout.begins[node] // requests, (layout.ends[node] - 1) // requests + 1):
                 begin, end = _rows(layout, node, tile, group, requests)
                 tokens[tile] += layout.seqlen[node]
-                if _is_together(begin, end, row_groups):
+                if is_together(begin, end, row_groups):
                     together[tile] += layout.seqlen[node]
     return tokens, together
 
@@ -57,7 +57,7 @@ def _rows(layout: _Layout, node: int, tile: int, group: int, requests: int) -> t
 
 
 @njit(cache=True)
-def _is_together(begin: int, end: int, row_groups: int) -> bool:
+def is_together(begin: int, end: int, row_groups: int) -> bool:
     """Whether rows lie in more than half of a tile's warps."""
     return ((end - 1) // WARP_ROWS - begin // WARP_ROWS + 1) * 2 > GROUP_WARPS * row_groups
 
@@ -182,7 +182,7 @@ def _queue(
                 continue
             for tile in range(layout.begins[node] // requests, (layout.ends[node] - 1) // requests + 1):
                 begin, end = _rows(layout, node, tile, group, requests)
-                together = _is_together(begin, end, row_groups)
+                together = is_together(begin, end, row_groups)
                 queue = tile * queues + (0 if together else 1 + begin // WARP_ROWS)
                 if fill == 0:
                     starts[queue + 1] += 1

@@ -1,0 +1,197 @@
+"""What `DecodePlan` does when its tree grows: changes are checked, made in the tree, and followed by the schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fasttree_cupy.capacity import Capacity
+from fasttree_cupy.execution import cuda, streams
+from fasttree_cupy.execution.growing import GrowingSchedule
+from fasttree_cupy.execution.plan_memory import PlanMemory
+from fasttree_cupy.execution.schedule import BalancedSchedule, Schedule
+from fasttree_cupy.execution.turns import Turns
+from fasttree_cupy.integers import host_array, int_vector
+from fasttree_cupy.planning.growing import GrowingPlan
+from fasttree_cupy.planning.growing_tree import GrowingTree
+from fasttree_cupy.planning.machine import H200_WORKERS
+from fasttree_cupy.tree import KVTree
+
+__all__ = ["Growth", "grow"]
+
+Int32Array = npt.NDArray[np.int32]
+MakeSchedule = Callable[[KVTree, Int32Array, Int32Array], Schedule]
+
+MOST_ROWS = 2**31 - 1
+"""Rows of a pool that int32 row numbers tell apart."""
+
+
+def grow(
+    tree: KVTree,
+    kv_indices: Int32Array | None,
+    capacity: Capacity,
+    layout: tuple[int, int, int],
+    device: str,
+    make: MakeSchedule,
+    turns: Turns,
+) -> Growth:
+    """A tree that can grow and what runs it.
+
+    Parameters
+    ----------
+    tree, kv_indices, capacity, device
+        See `fasttree_cupy.plan_decode`; checked.
+    layout : (int, int, int)
+        Query heads, KV heads, head_dim.
+    make : callable
+        Makes a schedule of a tree, the rows of its tokens and the slots of its requests, where schedules do not follow
+        changes.
+    turns : Turns
+        Of the plan's runs.
+    """
+    rows = np.arange(tree.unique_tokens, dtype=np.int32) if kv_indices is None else kv_indices
+    growing = GrowingTree(tree, rows, capacity)
+    heads, kv_heads, head_dim = layout
+    if device == "cpu" or BalancedSchedule.problem(device, heads // kv_heads, head_dim) is not None:
+        return Growth(growing, device, make, turns)
+    workers = cuda.multiprocessors(int(device.removeprefix("cuda:")))
+    plan = GrowingPlan(growing, heads // kv_heads, kv_heads, head_dim, workers, H200_WORKERS)
+    return Growth(growing, device, make, turns, GrowingSchedule(plan, head_dim, device))
+
+
+class Growth:
+    """A tree that grows on a device.
+
+    Attributes
+    ----------
+    tree : GrowingTree
+    framework : str
+        Whose current stream changes are queued on where the caller names none.
+    """
+
+    def __init__(
+        self,
+        tree: GrowingTree,
+        device: str,
+        make: MakeSchedule,
+        turns: Turns,
+        following: GrowingSchedule | None = None,
+    ) -> None:
+        self.tree = tree
+        self.framework = "cupy"
+        self._device = None if device == "cpu" else int(device.removeprefix("cuda:"))
+        self._make = make
+        self._turns = turns
+        self._following = following
+        self._made: Schedule | None = following
+
+    @property
+    def follows(self) -> bool:
+        """Whether the schedule follows changes; else each change makes another one necessary."""
+        return self._following is not None
+
+    def schedule(self) -> Schedule:
+        """What runs the tree as it stands; made here where it does not follow changes."""
+        if self._made is None:
+            self._made = self._make(*self.tree.snapshot(), self.tree.live)
+        return self._made
+
+    def append(self, rows: Any, requests: Any, stream: Any, memory: PlanMemory) -> int:
+        """See `DecodePlan.append`; returns the highest new row, -1 where there is none."""
+        slots = self.tree.live if requests is None else self._slots(requests, once=True)
+        added, most = checked_new_rows(rows, len(slots))
+        tokens = self.tree.tokens + added.size
+        if tokens > self.tree.capacity.tokens:
+            raise ValueError(
+                f"rows adds {added.size} tokens to {self.tree.tokens}, "
+                f"expected at most {self.tree.capacity.tokens} in all, as capacity.tokens says"
+            )
+
+        def change() -> bool:
+            self.tree.append(slots, added)
+            return self._following is not None and self._following.plan.append(slots, added)
+
+        self._follow(change, stream, memory)
+        return most
+
+    def fork(self, requests: Any, stream: Any, memory: PlanMemory) -> Int32Array:
+        """See `DecodePlan.fork`."""
+        parents = self._slots(requests, once=False)
+        free = self.tree.capacity.requests - len(self.tree.live)
+        if len(parents) > free:
+            raise ValueError(
+                f"requests names {len(parents)} parents, expected at most {free}, as many as slots are free "
+                f"of capacity.requests, {self.tree.capacity.requests}"
+            )
+        made = np.empty(len(parents), np.int32)
+
+        def change() -> bool:
+            made[:] = self.tree.fork(parents)
+            return self._following is not None and self._following.plan.fork(parents, made)
+
+        self._follow(change, stream, memory)
+        return made
+
+    def finish(self, requests: Any, stream: Any, memory: PlanMemory) -> None:
+        """See `DecodePlan.finish`."""
+        slots = self._slots(requests, once=True)
+        if len(slots) == len(self.tree.live):
+            raise ValueError(f"requests names all {len(slots)} live requests, expected one at least to stay")
+
+        def change() -> bool:
+            self.tree.finish(slots)
+            return self._following is not None and self._following.plan.finish(slots)
+
+        self._follow(change, stream, memory)
+
+    def _follow(self, change: Callable[[], bool], stream: Any, memory: PlanMemory) -> None:
+        """Change the tree, and let what lies in the plan's memory follow on a stream, in turn with runs."""
+        if self._device is None and stream is not None:
+            raise ValueError(f"stream is {stream!r}, but the plan's device is the CPU, expected stream left out")
+        if self._following is None or self._device is None:
+            with self._turns.lock:
+                change()
+                self._made = None
+            return
+        with streams.use_device(self._device):
+            work = streams.WorkStream(streams.stream_handle(stream, self.framework, self._device), self._device)
+            if work.is_capturing:
+                raise ValueError("stream is being captured, expected changes of the tree between a graph's replays")
+            with self._turns.lock:
+                self._turns.wait(work)
+                self._following.follow(change(), memory, work)
+                self._turns.end(work)
+            work.keep_borrowed((memory.workspace,) if memory.borrowed else (), memory, memory.home)
+
+    def _slots(self, requests: Any, once: bool) -> Int32Array:
+        """`requests` as int32, live slots; each named once if so asked."""
+        slots = int_vector(requests, "requests")
+        wrong = (slots < 0) | (slots >= self.tree.capacity.requests)
+        if not wrong.any():
+            wrong = ~np.isin(slots, self.tree.live)
+        if wrong.any():
+            i = int(np.argmax(wrong))
+            raise ValueError(f"requests[{i}] is {slots[i]}, expected the slot of a live request")
+        if once and len(np.unique(slots)) < len(slots):
+            raise ValueError("requests names a slot twice, expected each once")
+        return slots.astype(np.int32)
+
+
+def checked_new_rows(rows: Any, num_requests: int) -> tuple[Int32Array, int]:
+    """`rows` as int32 of two dimensions, a row for each request; and the highest, -1 where there is none."""
+    array = host_array(rows, "rows")
+    if array.ndim not in (1, 2) or len(array) != num_requests:
+        raise ValueError(
+            f"rows has shape {array.shape}, expected ({num_requests},) or ({num_requests}, n): one row for each request"
+        )
+    if array.dtype.kind not in "iu" and array.size:
+        raise TypeError(f"rows is {array.dtype}, expected integers")
+    most = -1
+    if array.size:
+        most = int(array.astype(np.int64, order="C").view(np.uint64).max())  # what is negative becomes too large
+        if most >= MOST_ROWS:
+            raise ValueError(f"rows goes from {array.min()} to {array.max()}, expected rows from 0 to {MOST_ROWS - 1}")
+    return np.ascontiguousarray(array.reshape(num_requests, *array.shape[1:] or (1,)), np.int32), most

@@ -1,0 +1,481 @@
+"""Compiled passes that keep the arrays of a growing plan: see `growing`, which has checked what they are given."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from fasttree_cupy.planning.balanced import ITEM_FIELDS
+from fasttree_cupy.planning.row_tiles import is_together
+
+__all__ = [
+    "FORKS",
+    "SLACK",
+    "PlanState",
+    "append",
+    "finish",
+    "fork",
+    "make_state",
+    "spread",
+    "used_segments",
+    "write_edits",
+]
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+Float64Array = npt.NDArray[np.float64]
+
+FORKS = 16
+"""Requests that may fork between two plans."""
+SLACK = 32
+"""New segments of each request between two plans."""
+JOINED_RUNS = 8
+"""Segments of a forked request among which one is looked for that ends where the next begins."""
+MOST_EDITS = 4096
+"""Elements that one change may edit; more are planned anew."""
+RUNS_A_CHANGE = 32
+"""Runs that a change is taken to be followed by: one a layer of the model."""
+
+
+class PlanState(NamedTuple):
+    """Arrays of a plan.
+
+    `edited` holds the number of the last change that edited an element of `packed`, `edits` the elements of this
+    change. Of each slot: tile, place in it, and of its last new segment, or -1, the index and the row that would
+    follow. Of each tile: first position in the order; of its segments the first, the end, how far it may go; tokens
+    gained. Of each unit, KV heads of a tile together: its first piece and their number. Of each piece: item and worker.
+    Of each worker: steps, last item. Numbers and costs: see below.
+    """
+
+    packed: Int32Array
+    edited: Int32Array
+    edits: Int32Array
+    numbers: Int64Array
+    costs: Float64Array
+    slots: Int32Array
+    tiles: Int32Array
+    units: Int32Array
+    pieces: Int32Array
+    loads: Float64Array
+    tails: Int32Array
+
+
+_NUMBERS = range(16)
+(
+    _GROUP, _HEADS, _REQUESTS, _STEP_TOKENS, _ROW_GROUPS, _ITEMS_AT, _ORDER_AT, _SEGMENTS_AT,
+    _CHANGE, _EDITS, _FULL, _USED_TILES, _USED_ITEMS, _USED_PIECES, _USED_POSITIONS, _USED_SEGMENTS,
+) = _NUMBERS  # fmt: skip
+"""Requests of a tile and other constants; the number of this change, its edits, and whether they are too many."""
+_BUSIEST, _GROWN, _LOST, _STEP_US, _ITEM_STEPS, _APART, _PLAN_US = range(7)
+"""Steps of the busiest worker when planned; steps that have come since, wherever; microseconds lost since.
+
+Steps are counted as of tokens that most rows see; one of tokens that few see counts `_APART`.
+"""
+_TILE, _PLACE, _SEGMENT, _NEXT_ROW = range(4)
+_FIRST, _BEGIN, _END, _LIMIT, _GAINED = range(5)
+_ITEM, _WORKER = range(2)
+_FIELDS = len(ITEM_FIELDS)
+(
+    _FIRST_POSITION, _NUM_REQUESTS, _KV_HEAD, _TOKENS, _NEXT, _NEXT_SEGMENT, _PIECE, _PIECES,
+    _FIRST_PARTIAL, _COUNTER, _FIRST_REQUEST, _TOGETHER, _KV_BEGIN, _KV_LEN, _ROW_BEGIN, _ROW_END,
+) = range(_FIELDS)  # fmt: skip
+
+
+def make_state(
+    sizes: tuple[int, int, int, int],
+    requests: int,
+    tiles: int,
+    workers: int,
+    tile: tuple[int, int, int, int, int],
+    costs: tuple[float, float, float, float],
+) -> PlanState:
+    """Arrays for a plan.
+
+    Parameters
+    ----------
+    sizes : 4 int
+        Elements of `packed`, and where items, order and segments begin in it.
+    requests, tiles, workers : int
+        Slots, tiles and workers, at most.
+    tile : 5 int
+        Query heads a KV head, KV heads, requests of a tile, tokens of a step, row groups.
+    costs : 4 float
+        Microseconds of a step, steps of an item and of a step of tokens that few rows see, microseconds of a new plan.
+    """
+    numbers = np.zeros(len(_NUMBERS), np.int64)
+    numbers[:_CHANGE] = (*tile, *sizes[1:])
+    return PlanState(
+        packed=np.zeros(sizes[0], np.int32),
+        edited=np.zeros(sizes[0], np.int32),
+        edits=np.empty(MOST_EDITS, np.int32),
+        numbers=numbers,
+        costs=np.array([0.0, 0.0, 0.0, *costs]),
+        slots=np.full((requests, 4), -1, np.int32),
+        tiles=np.zeros((tiles, 5), np.int32),
+        units=np.zeros((tiles * tile[1], 2), np.int32),
+        pieces=np.zeros((tiles * tile[1] + workers, 2), np.int32),
+        loads=np.zeros(workers),
+        tails=np.zeros(workers, np.int32),
+    )
+
+
+def used_segments(s: PlanState) -> int:
+    """Segments up to which they mean anything."""
+    return int(s.numbers[_USED_SEGMENTS])
+
+
+@njit(cache=True, inline="always")
+def _put(packed: Int32Array, edited: Int32Array, edits: Int32Array, n: Int64Array, at: int, value: int) -> None:
+    """Edit an element of `packed`. Of inner loops, hence inline and without `PlanState`: to pass it on costs 0.1 us."""
+    packed[at] = value
+    if edited[at] != n[_CHANGE]:
+        edited[at] = n[_CHANGE]
+        if n[_EDITS] == len(edits):
+            n[_FULL] = 1
+        else:
+            edits[n[_EDITS]] = at
+            n[_EDITS] += 1
+
+
+@njit(cache=True)
+def write_edits(s: PlanState, to: Int32Array) -> int:
+    n = s.numbers
+    count = int(n[_EDITS])
+    for i in range(count):
+        to[2 * i] = s.edits[i]
+        to[2 * i + 1] = s.packed[s.edits[i]]
+    n[_EDITS] = 0
+    n[_CHANGE] += 1
+    return count
+
+
+@njit(cache=True)
+def _item_at(n: Int64Array, index: int) -> int:
+    return int(n[_ITEMS_AT] + _FIELDS * index)
+
+
+@njit(cache=True)
+def spread(s: PlanState, items: Int32Array, segments: Int32Array, request_order: Int32Array, workers: int) -> None:
+    """Fill the arrays with what the planner made."""
+    n = s.numbers
+    for position in range(len(request_order)):
+        slot = s.slots[request_order[position]]
+        slot[_TILE], slot[_PLACE] = position // n[_REQUESTS], position % n[_REQUESTS]
+        slot[_SEGMENT], slot[_NEXT_ROW] = -1, -1
+        s.packed[n[_ORDER_AT] + position] = request_order[position]
+    n[_USED_POSITIONS] = len(request_order)
+    n[_USED_TILES] = -(-len(request_order) // n[_REQUESTS])
+    s.tiles[:, _GAINED] = 0
+    _spread_items(s, items, workers)
+    _spread_segments(s, segments)
+    _weigh(s)
+    s.costs[_BUSIEST], s.costs[_GROWN], s.costs[_LOST] = s.loads.max(), 0.0, 0.0
+    n[_EDITS], n[_FULL] = 0, 0
+    n[_CHANGE] += 1
+
+
+@njit(cache=True)
+def _spread_items(s: PlanState, items: Int32Array, workers: int) -> None:
+    """Copy the items; those that no worker begins with come after the empty ones of idle workers."""
+    n = s.numbers
+    moved = len(s.loads) - workers
+    for item in items:
+        unit = item[_FIRST_POSITION] // n[_REQUESTS] * n[_HEADS] + item[_KV_HEAD]
+        s.units[unit, 1] = item[_PIECES]
+    n[_USED_PIECES] = 0
+    for unit in range(n[_USED_TILES] * n[_HEADS]):
+        s.units[unit, 0] = n[_USED_PIECES]
+        n[_USED_PIECES] += s.units[unit, 1]
+    for worker in range(len(s.loads)):
+        s.tails[worker] = worker
+        if worker >= workers:
+            at = _item_at(n, worker)
+            s.packed[at : at + _FIELDS] = 0
+            s.packed[at + _NEXT] = -1
+            continue
+        index = worker
+        while index >= 0:
+            item = items[index]
+            to = index if index < workers else index + moved
+            at = _item_at(n, to)
+            s.packed[at : at + _FIELDS] = item
+            if item[_NEXT] >= 0:
+                s.packed[at + _NEXT] += moved
+            unit = item[_FIRST_POSITION] // n[_REQUESTS] * n[_HEADS] + item[_KV_HEAD]
+            piece = s.units[unit, 0] + item[_PIECE]
+            s.pieces[piece, _ITEM], s.pieces[piece, _WORKER] = to, worker
+            s.tails[worker] = to
+            index = item[_NEXT]
+    n[_USED_ITEMS] = len(items) + moved
+
+
+@njit(cache=True)
+def _spread_segments(s: PlanState, segments: Int32Array) -> None:
+    """Copy the segments, tile after tile with room behind each.
+
+    A tile's follow one another, and its KV heads share them; an item's first is the one before its next.
+    """
+    n = s.numbers
+    free = 0
+    for index in range(n[_USED_TILES]):
+        tile = s.tiles[index]
+        first_piece, num_pieces = s.units[index * n[_HEADS]]
+        tokens = 0
+        for piece in range(first_piece, first_piece + num_pieces):
+            tokens += s.packed[_item_at(n, s.pieces[piece, _ITEM]) + _TOKENS]
+        first = s.packed[_item_at(n, s.pieces[first_piece, _ITEM]) + _NEXT_SEGMENT] - 1
+        tile[_FIRST] = index * n[_REQUESTS]
+        tile[_BEGIN] = tile[_END] = free
+        while tokens > 0:
+            segment = segments[first + tile[_END] - free]
+            at = n[_SEGMENTS_AT] + 4 * tile[_END]
+            s.packed[at : at + 4] = segment
+            tokens -= segment[1]
+            tile[_END] += 1
+        for unit in range(index * n[_HEADS], (index + 1) * n[_HEADS]):
+            for piece in range(s.units[unit, 0], s.units[unit, 0] + s.units[unit, 1]):
+                at = _item_at(n, s.pieces[piece, _ITEM])
+                if tile[_END] > free:
+                    s.packed[at + _NEXT_SEGMENT] += free - first
+                else:
+                    s.packed[at + _NEXT_SEGMENT] = free
+        tile[_LIMIT] = tile[_END] + SLACK * min(n[_REQUESTS], n[_USED_POSITIONS] - tile[_FIRST])
+        free = tile[_LIMIT]
+    n[_USED_SEGMENTS] = free
+
+
+@njit(cache=True)
+def _token_steps(s: PlanState, first_row: int, end_row: int) -> float:
+    """Steps that a token costs which these rows of a tile see."""
+    together = is_together(first_row, end_row, s.numbers[_ROW_GROUPS])
+    return float((1.0 if together else s.costs[_APART]) / s.numbers[_STEP_TOKENS])
+
+
+@njit(cache=True)
+def _weigh(s: PlanState) -> None:
+    """Sum up what workers have to do: a tile's pieces cost as its tokens do on average, as in `dealing`."""
+    n = s.numbers
+    s.loads[:] = 0.0
+    for tile in range(n[_USED_TILES]):
+        tokens, steps = 0, 0.0
+        for segment in range(s.tiles[tile, _BEGIN], s.tiles[tile, _END]):
+            _, count, first_row, end_row = s.packed[n[_SEGMENTS_AT] + 4 * segment : n[_SEGMENTS_AT] + 4 * segment + 4]
+            tokens += count
+            steps += count * _token_steps(s, first_row, end_row)
+        step_cost = steps * n[_STEP_TOKENS] / max(1, tokens)
+        for unit in range(tile * n[_HEADS], (tile + 1) * n[_HEADS]):
+            for piece in range(s.units[unit, 0], s.units[unit, 0] + s.units[unit, 1]):
+                item, worker = s.pieces[piece]
+                count = s.packed[_item_at(n, item) + _TOKENS]
+                s.loads[worker] += s.costs[_ITEM_STEPS] + step_cost * -(-count // n[_STEP_TOKENS])
+
+
+@njit(cache=True)
+def _put_segment(s: PlanState, segment: int, row: int, tokens: int, first_row: int, end_row: int) -> None:
+    n = s.numbers
+    at = n[_SEGMENTS_AT] + 4 * segment
+    _put(s.packed, s.edited, s.edits, n, at, row)
+    _put(s.packed, s.edited, s.edits, n, at + 1, tokens)
+    _put(s.packed, s.edited, s.edits, n, at + 2, first_row)
+    _put(s.packed, s.edited, s.edits, n, at + 3, end_row)
+
+
+@njit(cache=True)
+def append(s: PlanState, slots: Int32Array, rows: Int32Array) -> bool:
+    n = s.numbers
+    for i in range(len(slots)):
+        slot = slots[i]
+        tile = s.slots[slot, _TILE]
+        s.tiles[tile, _GAINED] += rows.shape[1]
+        at = n[_SEGMENTS_AT] + 4 * s.slots[slot, _SEGMENT] + 1
+        for j in range(rows.shape[1]):
+            if s.slots[slot, _SEGMENT] < 0 or s.slots[slot, _NEXT_ROW] != rows[i, j]:
+                if s.tiles[tile, _END] == s.tiles[tile, _LIMIT]:
+                    return False
+                at = _begin_segment(s, slot, rows[i, j]) + 1
+            _put(s.packed, s.edited, s.edits, n, at, s.packed[at] + 1)
+            s.slots[slot, _NEXT_ROW] = rows[i, j] + 1
+    for tile in range(n[_USED_TILES]):
+        if s.tiles[tile, _GAINED] > 0:
+            _lengthen(s, tile, s.tiles[tile, _GAINED])
+            s.tiles[tile, _GAINED] = 0
+    return _is_good_enough(s)
+
+
+@njit(cache=True)
+def _begin_segment(s: PlanState, slot: int, row: int) -> int:
+    """Begin a request's new segment, still without tokens, at the end of its tile's; returns its index in `packed`."""
+    n = s.numbers
+    tile = s.slots[slot, _TILE]
+    first_row = s.slots[slot, _PLACE] * n[_GROUP]
+    s.slots[slot, _SEGMENT] = s.tiles[tile, _END]
+    s.tiles[tile, _END] += 1
+    _put_segment(s, s.slots[slot, _SEGMENT], row, 0, first_row, first_row + n[_GROUP])
+    return int(n[_SEGMENTS_AT] + 4 * s.slots[slot, _SEGMENT])
+
+
+@njit(cache=True)
+def _lengthen(s: PlanState, tile: int, tokens: int) -> None:
+    """Add tokens, seen by a request each, to the last piece of each of the tile's units."""
+    n = s.numbers
+    steps = tokens * _token_steps(s, 0, n[_GROUP])
+    for unit in range(tile * n[_HEADS], (tile + 1) * n[_HEADS]):
+        item, worker = s.pieces[s.units[unit, 0] + s.units[unit, 1] - 1]
+        at = _item_at(n, item) + _TOKENS
+        _put(s.packed, s.edited, s.edits, n, at, s.packed[at] + tokens)
+        s.loads[worker] += steps
+        s.costs[_GROWN] += steps
+
+
+@njit(cache=True)
+def _is_good_enough(s: PlanState) -> bool:
+    """Whether edits say all, and what has been lost since the plan was made is less than a new one costs."""
+    lost = s.loads.max() - s.costs[_BUSIEST] - s.costs[_GROWN] / len(s.loads)
+    s.costs[_LOST] += RUNS_A_CHANGE * s.costs[_STEP_US] * max(0.0, lost)
+    return bool(s.numbers[_FULL] == 0 and s.costs[_LOST] < s.costs[_PLAN_US])
+
+
+@njit(cache=True)
+def fork(s: PlanState, parents: Int32Array, slots: Int32Array) -> bool:
+    for i in range(len(parents)):
+        if s.numbers[_USED_TILES] == len(s.tiles) or not _fork_one(s, parents[i], slots[i]):
+            return False
+    return _is_good_enough(s)
+
+
+@njit(cache=True)
+def _fork_one(s: PlanState, parent: int, slot: int) -> bool:
+    """A tile for one request, with all segments that its parent sees; False where there is no room for them."""
+    n = s.numbers
+    source = s.tiles[s.slots[parent, _TILE]]
+    row = s.slots[parent, _PLACE] * n[_GROUP]
+    tile = s.tiles[n[_USED_TILES]]
+    tile[_FIRST] = n[_USED_POSITIONS]
+    tile[_BEGIN] = tile[_END] = n[_USED_SEGMENTS]
+    room = (len(s.packed) - n[_SEGMENTS_AT]) // 4 - SLACK
+    tokens = 0
+    for segment in range(source[_BEGIN], source[_END]):
+        first, count, first_row, end_row = s.packed[n[_SEGMENTS_AT] + 4 * segment : n[_SEGMENTS_AT] + 4 * segment + 4]
+        if count > 0 and first_row <= row < end_row:
+            if not _join(s, tile, first, count):
+                if tile[_END] >= room:
+                    return False
+                _put_segment(s, tile[_END], first, count, 0, n[_GROUP])
+                tile[_END] += 1
+            tokens += count
+    tile[_LIMIT] = tile[_END] + SLACK
+    _put(s.packed, s.edited, s.edits, n, n[_ORDER_AT] + n[_USED_POSITIONS], slot)
+    for head in range(n[_HEADS]):
+        _add_item(s, head, tokens, slot)
+    s.slots[slot, _TILE], s.slots[slot, _PLACE] = n[_USED_TILES], 0
+    s.slots[slot, _SEGMENT], s.slots[slot, _NEXT_ROW] = -1, -1
+    n[_USED_TILES] += 1
+    n[_USED_POSITIONS] += 1
+    n[_USED_SEGMENTS] = tile[_LIMIT]
+    return True
+
+
+@njit(cache=True)
+def _join(s: PlanState, tile: Int32Array, first: int, count: int) -> bool:
+    """Lengthen a segment of a request's own tile that ends at row `first`, if one of the last does.
+
+    The planner has dealt out runs of rows in chunks, in turn with one another; here each is whole again.
+    """
+    n = s.numbers
+    for segment in range(max(tile[_BEGIN], tile[_END] - JOINED_RUNS), tile[_END]):
+        at = n[_SEGMENTS_AT] + 4 * segment
+        if s.packed[at] + s.packed[at + 1] == first:
+            _put(s.packed, s.edited, s.edits, n, at + 1, s.packed[at + 1] + count)
+            return True
+    return False
+
+
+@njit(cache=True)
+def _add_item(s: PlanState, head: int, tokens: int, slot: int) -> None:
+    """An item for all tokens of one head of the newest tile, a request's own; the worker with least to do takes it."""
+    n = s.numbers
+    tile = s.tiles[n[_USED_TILES]]
+    at = _item_at(n, n[_USED_ITEMS])
+    for field in range(_FIELDS):
+        _put(s.packed, s.edited, s.edits, n, at + field, 0)
+    _put(s.packed, s.edited, s.edits, n, at + _FIRST_POSITION, tile[_FIRST])
+    _put(s.packed, s.edited, s.edits, n, at + _NUM_REQUESTS, 1)
+    _put(s.packed, s.edited, s.edits, n, at + _KV_HEAD, head)
+    _put(s.packed, s.edited, s.edits, n, at + _TOKENS, tokens)
+    _put(s.packed, s.edited, s.edits, n, at + _NEXT, -1)
+    _put(s.packed, s.edited, s.edits, n, at + _NEXT_SEGMENT, tile[_BEGIN])
+    _put(s.packed, s.edited, s.edits, n, at + _PIECES, 1)
+    _put(s.packed, s.edited, s.edits, n, at + _FIRST_REQUEST, slot)
+    if tokens > 0:
+        _put(s.packed, s.edited, s.edits, n, at + _NEXT_SEGMENT, tile[_BEGIN] + 1)
+        for field in range(4):
+            _put(
+                s.packed,
+                s.edited,
+                s.edits,
+                n,
+                at + _KV_BEGIN + field,
+                s.packed[n[_SEGMENTS_AT] + 4 * tile[_BEGIN] + field],
+            )
+    worker = s.loads.argmin()
+    _put(s.packed, s.edited, s.edits, n, _item_at(n, s.tails[worker]) + _NEXT, n[_USED_ITEMS])
+    s.tails[worker] = n[_USED_ITEMS]
+    s.loads[worker] += s.costs[_ITEM_STEPS] + tokens * _token_steps(s, 0, n[_GROUP])
+    unit = n[_USED_TILES] * n[_HEADS] + head
+    s.units[unit, 0], s.units[unit, 1] = n[_USED_PIECES], 1
+    s.pieces[n[_USED_PIECES], _ITEM], s.pieces[n[_USED_PIECES], _WORKER] = n[_USED_ITEMS], worker
+    n[_USED_ITEMS] += 1
+    n[_USED_PIECES] += 1
+
+
+@njit(cache=True)
+def finish(s: PlanState, slots: Int32Array) -> bool:
+    n = s.numbers
+    for slot in slots:  # its row is nobody's
+        tile, place = s.slots[slot, _TILE], s.slots[slot, _PLACE]
+        _put(s.packed, s.edited, s.edits, n, n[_ORDER_AT] + s.tiles[tile, _FIRST] + place, -1)
+        for unit in range(tile * n[_HEADS], (tile + 1) * n[_HEADS]):
+            for piece in range(s.units[unit, 0], s.units[unit, 0] + s.units[unit, 1]):
+                _put(s.packed, s.edited, s.edits, n, _item_at(n, s.pieces[piece, _ITEM]) + _FIRST_REQUEST, -1)
+    for slot in slots:  # and what nobody sees is not read: its rows may have been given back
+        tile = s.slots[slot, _TILE]
+        row = s.slots[slot, _PLACE] * n[_GROUP]
+        begin = 0
+        for segment in range(s.tiles[tile, _BEGIN], s.tiles[tile, _END]):
+            _, count, first_row, end_row = s.packed[n[_SEGMENTS_AT] + 4 * segment : n[_SEGMENTS_AT] + 4 * segment + 4]
+            if first_row <= row < end_row and _nobody_sees(s, tile, first_row, end_row):
+                _empty(s, tile, segment, begin, begin + count, _token_steps(s, first_row, end_row))
+            else:
+                begin += count
+        s.slots[slot] = -1
+    return _is_good_enough(s)
+
+
+@njit(cache=True)
+def _nobody_sees(s: PlanState, tile: int, first_row: int, end_row: int) -> bool:
+    n = s.numbers
+    first = n[_ORDER_AT] + s.tiles[tile, _FIRST]
+    return bool(np.all(s.packed[first + first_row // n[_GROUP] : first + end_row // n[_GROUP]] < 0))
+
+
+@njit(cache=True)
+def _empty(s: PlanState, tile: int, segment: int, begin: int, end: int, token_steps: float) -> None:
+    """Take the tokens of a segment, [begin, end) of its tile's, out of the pieces."""
+    n = s.numbers
+    _put(s.packed, s.edited, s.edits, n, n[_SEGMENTS_AT] + 4 * segment + 1, 0)
+    for unit in range(tile * n[_HEADS], (tile + 1) * n[_HEADS]):
+        first = 0  # of the piece, in the tile's tokens
+        for piece in range(s.units[unit, 0], s.units[unit, 0] + s.units[unit, 1]):
+            item, worker = s.pieces[piece]
+            at = _item_at(n, item)
+            tokens = s.packed[at + _TOKENS]
+            taken = max(0, min(end, first + tokens) - max(begin, first))
+            if s.packed[at + _NEXT_SEGMENT] - 1 == segment:
+                _put(s.packed, s.edited, s.edits, n, at + _KV_LEN, 0)
+            _put(s.packed, s.edited, s.edits, n, at + _TOKENS, tokens - taken)
+            s.loads[worker] -= taken * token_steps
+            s.costs[_GROWN] -= taken * token_steps
+            first += tokens

@@ -1,0 +1,181 @@
+"""The plan that follows a growing tree: after every change its arrays mean the tree, and edits carry them over."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import numpy as np
+import pytest
+
+import fasttree_cupy as ft
+from fasttree_cupy.planning import growing, growing_passes
+from fasttree_cupy.planning.growing import GrowingPlan
+from fasttree_cupy.planning.growing_tree import GrowingTree
+from fasttree_cupy.planning.machine import H200_WORKERS
+from tests.growing_walk import KINDS, Device, Model, rows_attended
+from tests.test_balanced import ROW_GROUPS
+
+hypothesis = pytest.importorskip("hypothesis", reason="no hypothesis")
+st = hypothesis.strategies
+
+CHANGES = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 2**32 - 1)), min_size=25, max_size=25)
+TREES = (
+    ft.KVTree.from_levels([1, 3, 12], [130, 33, 17]),
+    ft.KVTree.from_levels([1, 90], [700, 3]),
+    ft.KVTree([-1, 0, 0, 1], [0, 0, 70, 65], [0, 1, 2, 3, 3]),
+    ft.KVTree([-1], [0], [0]),
+)
+"""Long prefixes, many leaves, requests without tokens, nothing at all."""
+
+
+class Growing:
+    """A tree, its plan, what a GPU would hold, and the model, which all change together."""
+
+    def __init__(
+        self, tree: ft.KVTree, group: int, kv_heads: int, workers: int, row_groups: int, shuffle: bool
+    ) -> None:
+        rng = np.random.default_rng(0)
+        pool_rows = tree.unique_tokens + 150
+        rows = (rng.permutation(pool_rows) if shuffle else np.arange(pool_rows))[: tree.unique_tokens].astype(np.int32)
+        capacity = ft.Capacity(tree.batch_size + 7, pool_rows)
+        self.tree = GrowingTree(tree, rows, capacity)
+        self.layout = (group, kv_heads, 128)
+        self.plan = GrowingPlan(self.tree, group, kv_heads, 128, workers, ROW_GROUPS[row_groups])
+        assert self.plan.row_groups == row_groups or tree.unique_tokens == 0  # where both cost the same
+        self.device = Device(self.plan)
+        self.model = Model([rows[tree.request_rows(i)] for i in range(tree.batch_size)], capacity.requests, pool_rows)
+        self.planned = 0
+
+    def change(self, kind: str, seed: int) -> None:
+        arguments = [np.asarray(argument, np.int32) for argument in self.model.choose(kind, seed)]
+        name = kind.removesuffix("_some")
+        made = getattr(self.tree, name)(*arguments)
+        assert (None if made is None else made.tolist()) == getattr(self.model, name)(*arguments)
+        if name == "fork":
+            arguments.append(made)
+        fits = getattr(self.plan, name)(*arguments)
+        self.planned += not fits
+        self.device.follow(fits)
+
+    def check(self) -> None:
+        expected = {slot: sorted(rows) for slot, rows in self.model.paths.items()}
+        for attended in rows_attended(self.plan, self.device.packed, *self.layout):
+            assert attended == expected
+        tree, rows = self.tree.snapshot()
+        assert tree.unique_tokens == self.tree.tokens == len(self.model.held())
+        assert self.tree.live.tolist() == sorted(self.model.paths)
+        for request, slot in enumerate(self.tree.live.tolist()):
+            assert rows[tree.request_rows(request)].tolist() == self.model.paths[slot]
+
+
+@pytest.mark.parametrize("plan_us", [0.1, growing.PLAN_US, 1e9], ids=["often", "usual", "never"])
+@hypothesis.settings(max_examples=20, deadline=None, derandomize=True, database=None)
+@hypothesis.given(
+    changes=CHANGES,
+    tree=st.sampled_from(TREES),
+    layout=st.sampled_from([(1, 2), (3, 1), (16, 1), (64, 2)]),
+    workers=st.sampled_from([1, 5, 132]),
+    row_groups=st.sampled_from([1, 2]),
+    shuffle=st.booleans(),
+)
+def test_random_changes(
+    changes: list[tuple[str, int]],
+    tree: ft.KVTree,
+    layout: tuple[int, int],
+    workers: int,
+    row_groups: int,
+    shuffle: bool,
+    plan_us: float,
+) -> None:
+    with mock.patch.object(growing, "PLAN_US", plan_us):
+        grown = Growing(tree, *layout, workers, row_groups, shuffle)
+    grown.check()
+    for kind, seed in changes:
+        grown.change(kind, seed)
+        grown.check()
+
+
+def test_a_step_edits_a_number_a_request_and_a_number_a_tile_and_head() -> None:
+    tree = ft.KVTree.from_levels([1, 16, 64], [1024, 256, 32])
+    rows = np.arange(tree.unique_tokens, dtype=np.int32)
+    growing_tree = GrowingTree(tree, rows, ft.Capacity(64, tree.unique_tokens + 640))
+    plan = GrowingPlan(growing_tree, 4, 8, 128, 132, H200_WORKERS)
+    edits = np.empty(2 * growing_passes.MOST_EDITS, np.int32)
+    tiles = 64 * 4 // (64 * plan.row_groups)
+    for step in range(3):
+        new = (tree.unique_tokens + 10 * np.arange(64) + step).astype(np.int32)[:, None]
+        growing_tree.append(growing_tree.live, new)
+        assert plan.append(growing_tree.live, new)
+        assert plan.write_edits(edits) == 8 * tiles + (64 if step else 4 * 64)
+
+
+def test_drift_is_paid_for_and_ends_in_a_new_plan() -> None:
+    tree = ft.KVTree.from_levels([1, 16, 64], [1024, 256, 32])
+    rows = np.arange(tree.unique_tokens, dtype=np.int32)
+    growing_tree = GrowingTree(tree, rows, ft.Capacity(64, tree.unique_tokens + 64 * 64))
+    plan = GrowingPlan(growing_tree, 4, 8, 128, 132, H200_WORKERS)
+    planned = []
+    for step in range(64):
+        new = (tree.unique_tokens + 64 * np.arange(64) + step).astype(np.int32)[:, None]
+        growing_tree.append(growing_tree.live, new)
+        if not plan.append(growing_tree.live, new):
+            planned.append(step)
+    assert 2 <= len(planned) <= 20
+    anew = GrowingPlan(growing_tree, 4, 8, 128, 132, H200_WORKERS).made.estimate_us
+    assert plan.made.estimate_us <= anew <= 1.1 * plan.made.estimate_us
+
+
+def test_more_forks_than_there_is_room_for_are_planned() -> None:
+    tree = ft.KVTree.from_levels([1, 2], [300, 20])
+    capacity = ft.Capacity(2 + growing_passes.FORKS + 1, 400)
+    growing_tree = GrowingTree(tree, np.arange(340, dtype=np.int32), capacity)
+    with mock.patch.object(growing, "PLAN_US", 1e9):
+        plan = GrowingPlan(growing_tree, 4, 1, 64, 132, H200_WORKERS)
+    parents = np.zeros(growing_passes.FORKS, np.int32)
+    assert plan.fork(parents, growing_tree.fork(parents))
+    assert not plan.fork(parents[:1], growing_tree.fork(parents[:1]))
+
+
+def test_a_fork_joins_what_was_dealt_out() -> None:
+    """The planner cuts a node's tokens into chunks; a forked request has a segment for each node of its path."""
+    tree = ft.KVTree.from_levels([1, 16, 64], [1024, 256, 320])
+    growing_tree = GrowingTree(tree, np.arange(tree.unique_tokens, dtype=np.int32), ft.Capacity(65, tree.unique_tokens))
+    plan = GrowingPlan(growing_tree, 4, 8, 128, 132, H200_WORKERS)
+    device = Device(plan)
+    parents = np.array([5], np.int32)
+    (slot,) = slots = growing_tree.fork(parents)
+    device.follow(plan.fork(parents, slots))
+    for attended in rows_attended(plan, device.packed, 4, 8, 128):
+        assert attended[slot] == attended[5] == tree.request_rows(5).tolist()
+    begins, lengths = device.packed[plan.sizes.segments_at : plan.used].reshape(-1, 4).T[:2]
+    assert (begins[lengths > 0] == tree.kv_ptrs[tree.request_node[5]]).sum() == 2
+
+
+def test_what_workers_have_to_do_follows_the_changes() -> None:
+    """Sums of edit after edit are those of all tokens, but for steps that are not full."""
+    tree = ft.KVTree.from_levels([1, 16, 64], [1024, 256, 320])
+    growing_tree = GrowingTree(tree, np.arange(tree.unique_tokens, dtype=np.int32), ft.Capacity(70, 10**5))
+    with mock.patch.object(growing, "PLAN_US", 1e9):
+        plan = GrowingPlan(growing_tree, 4, 8, 128, 132, H200_WORKERS)
+    parents = np.array([0, 5], np.int32)
+    assert plan.fork(parents, growing_tree.fork(parents))
+    rows = (50000 + np.arange(66 * 40, dtype=np.int32)).reshape(66, 40)
+    slots = growing_tree.live
+    growing_tree.append(slots, rows)
+    assert plan.append(slots, rows)
+    finished = np.arange(3, 9, dtype=np.int32)
+    growing_tree.finish(finished)
+    assert plan.finish(finished)
+    loads = plan._state.loads.copy()
+    growing_passes._weigh(plan._state)
+    np.testing.assert_allclose(loads, plan._state.loads, rtol=0, atol=1)
+
+
+def test_a_capacity_too_large_for_int32_is_refused() -> None:
+    tree = ft.KVTree.from_levels([1], [5])
+    with pytest.raises(ValueError, match=r"capacity is Capacity.*expected at most 2147483647"):
+        growing.sizes(ft.Capacity(10**5, 10**6), 16, 8, 128, 132, 1)
+    with pytest.raises(ValueError, match="capacity is Capacity"):
+        GrowingPlan(
+            GrowingTree(tree, np.arange(5, dtype=np.int32), ft.Capacity(10**5, 10**6)), 4, 1, 64, 132, H200_WORKERS
+        )
