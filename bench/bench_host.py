@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     args = parse_args(arguments)
-    document: dict[str, Any] = {"machine": machine.describe("bench.bench_host", arguments)}
+    document: dict[str, Any] = {"machine": machine.describe("bench.bench_host", arguments, args.commit)}
     document["cases"] = [*read_rows(args.batches)]
     problem = gpu_problem()
     if problem is None:
@@ -64,6 +64,7 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="bench_host", description="What a run costs the host.")
     parser.add_argument("--batches", type=int, default=BATCHES, help=f"of {CALLS} calls each")
+    parser.add_argument("--commit", help="what to record instead of what git says")
     parser.add_argument("--output", type=Path, metavar="JSON")
     return parser.parse_args(arguments)
 
