@@ -30,16 +30,15 @@ TREES = (
 
 def run_growing(tree: ft.KVTree, heads: int, kv_heads: int, head_dim: int, q: Any, k: Any, v: Any) -> int:
     """Runs of a plan that grows, after changes of each kind; returns their number."""
-    capacity = ft.Capacity(tree.batch_size, tree.unique_tokens)
+    capacity = ft.Capacity(tree.batch_size, tree.unique_tokens + 1)
     plan = ft.plan_decode(tree, heads, kv_heads, head_dim, device="cuda", capacity=capacity)
     last = plan.live[-1:]
-    given_back = tree.unique_tokens - int(tree.seqlen[tree.request_node[-1]])
     plan.run(q, k, v)
     plan.finish(last)
     plan.run(q, k, v)
     plan.fork(plan.live[:1])
     plan.run(q, k, v, return_lse=True)
-    plan.append(range(given_back, plan.num_tokens)[:1], last)
+    plan.append([tree.unique_tokens - 1], last)  # a row that another request may read as well
     plan.run(q, k, v)
     return 4
 
