@@ -280,8 +280,7 @@ def _attend(
     for first in range(0, len(tokens), _TILE_TOKENS):
         chosen = tokens[first : first + _TILE_TOKENS]
         count, padded = len(chosen), _round_up(len(chosen))
-        for i in range(count):
-            _load_kv(inputs.k, inputs, chosen[i], kv_head, tile[i])
+        _load_tokens(inputs.k, inputs.bfloat16, inputs.float8, chosen, kv_head, tile)
         for d in range(head_dim):
             for i in range(count):
                 keys[d, i] = tile[i, d]
@@ -290,8 +289,7 @@ def _attend(
         for row in range(rows):
             fold = _fold(scores[row, :count], inputs.logit_cap, total[row], top[row], acc[row])
             total[row], top[row] = fold
-        for i in range(count):
-            _load_kv(inputs.v, inputs, chosen[i], kv_head, tile[i])
+        _load_tokens(inputs.v, inputs.bfloat16, inputs.float8, chosen, kv_head, tile)
         tile[count:padded] = 0
         _multiply_add(scores, tile, acc, padded, head_dim)
 
@@ -421,14 +419,19 @@ def _load_row(source: _Rows, bfloat16: bool, row: int, head: int, out: Float32Ar
 
 
 @njit(cache=True)
-def _load_kv(source: _Rows, inputs: _Inputs, row: int, head: int, out: Float32Array) -> None:
-    if len(inputs.float8) == 0:
-        _load_row(source, inputs.bfloat16, row, head, out)
+def _load_tokens(
+    source: _Rows, bfloat16: bool, float8: Float32Array, tokens: Int32Array, head: int, out: Float32Array
+) -> None:
+    """Widen rows of K or V, of the type of Q or float8."""
+    if len(float8) == 0:
+        for i in range(len(tokens)):
+            _load_row(source, bfloat16, tokens[i], head, out[i])
         return
-    start = source.start + row * source.row_stride + head * source.head_stride
-    bits = source.bits[start : start + len(out)]
-    for d in range(len(out)):
-        out[d] = inputs.float8[bits[d]]
+    for i in range(len(tokens)):
+        start = source.start + tokens[i] * source.row_stride + head * source.head_stride
+        bits = source.bits[start : start + out.shape[1]]
+        for d in range(len(bits)):
+            out[i, d] = float8[bits[d]]
 
 
 @njit(cache=True)
