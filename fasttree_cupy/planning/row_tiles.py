@@ -15,15 +15,13 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from fasttree_cupy.planning.subtree import _Layout
+from fasttree_cupy.planning.subtree import WARP_ROWS, _Layout
 
-__all__ = ["CHUNK_TOKENS", "WARP_ROWS", "is_together", "tile_segments", "tile_tokens"]
+__all__ = ["CHUNK_TOKENS", "is_together", "tile_segments", "tile_tokens"]
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 
-WARP_ROWS = 16
-"""Query rows of a warp."""
 CHUNK_TOKENS = 16
 """Tokens that a warp attends at a time where few rows see them, as in chunk_products.cuh."""
 GROUP_WARPS = 4
