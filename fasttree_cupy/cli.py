@@ -1,14 +1,14 @@
 """Command line: ``fasttree-cupy demo`` decodes a tree and compares with dense attention, ``plan`` shows how the
-documented heuristic plans it, ``info`` shows the machine.
+documented heuristic plans it, ``tune`` fits the planners' constants to the GPU, ``info`` shows the machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numba
 import numpy as np
@@ -28,10 +28,17 @@ from fasttree_cupy.execution.device import gpu_problem, resolve_device
 from fasttree_cupy.execution.kernels import HEAD_DIMS
 from fasttree_cupy.explain import ExplainedPlan, explain_plan
 from fasttree_cupy.params import PRESETS
+from fasttree_cupy.planning.machine import Constants, built_in
 from fasttree_cupy.plot import plan_svg
 from fasttree_cupy.tree import KVTree
+from fasttree_cupy.tuning.chosen import Chosen, chosen
+from fasttree_cupy.tuning.fit import Fit
+from fasttree_cupy.tuning.gpu import gpu_of
+from fasttree_cupy.tuning.measure import tune
+from fasttree_cupy.tuning.numbers import numbers_of
+from fasttree_cupy.tuning.store import tuned_file, write
 
-__all__ = ["demo_rows", "format_table", "info_rows", "main", "plan_rows"]
+__all__ = ["demo_rows", "format_table", "info_rows", "main", "plan_rows", "show_rows", "tune_rows"]
 
 LEVELS, TOKENS = [1, 16, 64], [1024, 256, 32]
 
@@ -58,11 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.command == "info":
-        print(format_table(info_rows()))
-        return 0
     try:
-        rows, status = demo_command(args) if args.command == "demo" else plan_command(args)
+        rows, status = COMMANDS[args.command](args)
     except (ValueError, OSError, MemoryError) as error:
         parser.error(one_line(error))
     print(format_table(rows))
@@ -95,6 +99,31 @@ def plan_command(args: argparse.Namespace) -> tuple[list[Row], int]:
     return rows, 0
 
 
+def tune_command(args: argparse.Namespace) -> tuple[list[Row], int]:
+    """The table of constants, fitted or in use, and the exit status; writes the file of fitted ones."""
+    device = device_index(resolve_device("cuda"))
+    gpu = gpu_of(device)
+    if args.show:
+        return show_rows(gpu.name, chosen(device)), 0
+    # From built-in constants, so that a second run does not depend on the first.
+    start, _ = built_in(gpu.name, gpu.multiprocessors)
+    fits = tune(device, start, args.quick)
+    path = None
+    if any(fit.accepted for fit in fits.values()):
+        path = tuned_file(gpu) if args.output is None else Path(args.output)
+        write(path, gpu, fits, {"version": __version__, "cuda_driver": driver_version()})
+        chosen.cache_clear()
+    return tune_rows(gpu.name, start, fits, path), 0
+
+
+def info_command(args: argparse.Namespace) -> tuple[list[Row], int]:
+    """The table of ``info``, and the exit status."""
+    return info_rows(), 0
+
+
+COMMANDS = {"demo": demo_command, "plan": plan_command, "tune": tune_command, "info": info_command}
+
+
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage in front."""
 
@@ -104,7 +133,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="fasttree-cupy", description="Attention over tree-shaped KV caches.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | plan | info")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | plan | tune | info")
     demo = commands.add_parser("demo", help="decode a tree and compare with dense attention")
     add_problem(demo)
     demo.add_argument("--dtype", default="float16", choices=ERROR_BOUNDS, help="of Q, K, V and O (float16)")
@@ -116,6 +145,10 @@ def make_parser() -> argparse.ArgumentParser:
     add_problem(plan)
     plan.add_argument("--gpu", default="H100", choices=PRESETS, help="whose tile sizes and thresholds (H100)")
     plan.add_argument("--plot", metavar="FILE", help="draw the tree and its vnodes into this SVG file")
+    tuning = commands.add_parser("tune", help="measure the GPU and fit the planners' constants to it; takes a minute")
+    tuning.add_argument("--output", metavar="FILE", help="write here, not to the cache folder, where plans look")
+    tuning.add_argument("--quick", action="store_true", help="measure less")
+    tuning.add_argument("--show", action="store_true", help="only show the constants in use and where they come from")
     commands.add_parser("info", help="show versions, the GPU, and which kernel would be used")
     return parser
 
@@ -219,6 +252,37 @@ def plan_rows(explained: ExplainedPlan, head_dim: int) -> list[Row]:
     ]
 
 
+def tune_rows(name: str, start: Constants, fits: Mapping[str, Fit[Any]], path: Path | None) -> list[Row]:
+    """The rows of the table of ``tune``: constants built in and fitted, errors, and where the file is."""
+    rows: list[Row] = [("GPU", name), ("", "built-in", "fitted")]
+    for field, fit in fits.items():
+        before, after = numbers_of(getattr(start, field)), numbers_of(fit.machine)
+        rows += [(f"{field}: {each}", number(before[each]), number(after[each])) for each in before]
+        rows.append((f"{field}: error", *map(percent, fit.errors), f"root mean square, of {fit.samples} times"))
+        verdict = "accepted" if fit.accepted else "not better: the built-in constants stay"
+        rows.append((f"{field}: loss by choice", *map(percent, fit.losses), verdict))
+    return [
+        *rows,
+        ("written to", "no file, as nothing is better; the constants in use stay" if path is None else str(path)),
+    ]
+
+
+def show_rows(name: str, used: Chosen) -> list[Row]:
+    """The rows of the table of ``tune --show``: the constants in use, and where they come from."""
+    rows: list[Row] = [("GPU", name), ("constants", used.origin), ("tuned file", str(used.path))]
+    for field, machine in used.constants._asdict().items():
+        rows += [(f"{field}: {each}", number(value)) for each, value in numbers_of(machine).items()]
+    return rows
+
+
+def number(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def percent(part: float) -> str:
+    return f"{100 * part:.1f}%"
+
+
 def phase_cells(numbers: Sequence[int], separator: str, note: str) -> Row:
     return separator.join(f"{number:,}" for number in numbers), note
 
@@ -269,7 +333,7 @@ def cupy_rows() -> list[Row]:
     runtime = cupy.cuda.runtime
     return [
         ("CuPy", cupy.__version__),
-        ("CUDA driver", version_of(lambda: cuda_version(runtime.driverGetVersion()))),
+        ("CUDA driver", version_of(driver_version)),
         ("CUDA runtime", version_of(lambda: cuda_version(runtime.runtimeGetVersion()))),
         ("NVRTC", version_of(lambda: "{}.{}".format(*cupy.cuda.nvrtc.getVersion()))),
     ]
@@ -280,6 +344,13 @@ def version_of(look: Callable[[], str]) -> str:
         return look()
     except Exception as error:  # each library raises what it likes
         return f"not available: {one_line(error)}"
+
+
+def driver_version() -> str:
+    """The CUDA version that the driver serves."""
+    import cupy
+
+    return cuda_version(cupy.cuda.runtime.driverGetVersion())
 
 
 def cuda_version(number: int) -> str:
@@ -296,4 +367,5 @@ def gpu_rows() -> list[Row]:
         ("GPU", device_name(place)),
         ("compute capability", f"{cuda.compute_capability(device_index(place)) / 10}"),
         ("stage-1 kernel", f"{kernel} ({reason})"),
+        ("planners' constants", chosen(device_index(place)).origin),
     ]

@@ -17,8 +17,8 @@ from fasttree_cupy.execution.turns import Turns
 from fasttree_cupy.integers import host_array, int_vector
 from fasttree_cupy.planning.growing import GrowingPlan
 from fasttree_cupy.planning.growing_tree import GrowingTree
-from fasttree_cupy.planning.machine import H200_WORKERS
 from fasttree_cupy.tree import KVTree
+from fasttree_cupy.tuning.chosen import constants_of
 
 __all__ = ["Growth", "grow"]
 
@@ -57,8 +57,9 @@ def grow(
     heads, kv_heads, head_dim = layout
     if device == "cpu" or BalancedSchedule.problem(device, heads // kv_heads, head_dim) is not None:
         return Growth(growing, device, make, turns)
-    workers = cuda.multiprocessors(int(device.removeprefix("cuda:")))
-    plan = GrowingPlan(growing, heads // kv_heads, kv_heads, head_dim, workers, H200_WORKERS)
+    index = int(device.removeprefix("cuda:"))
+    machine = constants_of(index).workers
+    plan = GrowingPlan(growing, heads // kv_heads, kv_heads, head_dim, cuda.multiprocessors(index), machine)
     return Growth(growing, device, make, turns, GrowingSchedule(plan, head_dim, device))
 
 

@@ -31,9 +31,9 @@ from fasttree_cupy.growth import MOST_ROWS, Growth, grow
 from fasttree_cupy.integers import int_vector
 from fasttree_cupy.params import FastTreeParams, checked_heads, preset
 from fasttree_cupy.planning import balanced, greedy, subtree
-from fasttree_cupy.planning.machine import H200_WORKERS, machine_of
 from fasttree_cupy.scales import checked_scale
 from fasttree_cupy.tree import KVTree, KVTreeNode, as_tree
+from fasttree_cupy.tuning.chosen import constants_of
 
 __all__ = ["DecodePlan", "plan_decode"]
 
@@ -479,12 +479,13 @@ def make_schedule(
     """
     group = num_qo_heads // num_kv_heads
     if device != "cpu":
-        multiprocessors = cuda.multiprocessors(int(device.removeprefix("cuda:")))
+        index = int(device.removeprefix("cuda:"))
+        multiprocessors, constants = cuda.multiprocessors(index), constants_of(index)
         if BalancedSchedule.problem(device, group, head_dim) is None:
-            equal = balanced.plan(tree, group, num_kv_heads, head_dim, multiprocessors, H200_WORKERS, kv_indices)
+            equal = balanced.plan(tree, group, num_kv_heads, head_dim, multiprocessors, constants.workers, kv_indices)
             return BalancedSchedule(equal, head_dim, device)
         if SubtreeSchedule.problem(device, group, head_dim) is None:
-            made = subtree.plan(tree, group, num_kv_heads, head_dim, machine_of(multiprocessors), kv_indices)
+            made = subtree.plan(tree, group, num_kv_heads, head_dim, constants.items, kv_indices)
             if requests is not None:
                 order, merged = requests[made.request_order], requests[made.merge_requests]
                 made = made._replace(request_order=order, merge_requests=merged)

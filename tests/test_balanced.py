@@ -12,7 +12,7 @@ from fasttree_cupy.execution.kernels import WORKER_GROUP_ROWS, WORKER_TILE_TOKEN
 from fasttree_cupy.execution.schedule import BalancedSchedule
 from fasttree_cupy.planning import balanced
 from fasttree_cupy.planning.balanced import BalancedPlan
-from fasttree_cupy.planning.machine import H200_WORKERS, WorkerMachine, WorkerRates
+from fasttree_cupy.planning.machine import H200, H200_WORKERS, Constants, WorkerMachine, WorkerRates
 from tests.cases import TREES, Tree
 from tests.plans import poison_partials
 from tests.reference import dense_attention, path_rows
@@ -165,7 +165,7 @@ CUT_TREES = (
 
 def force(monkeypatch: pytest.MonkeyPatch, machine: WorkerMachine, workers: int) -> None:
     """Make plan_decode plan for another machine."""
-    monkeypatch.setattr("fasttree_cupy.plan.H200_WORKERS", machine)
+    monkeypatch.setattr("fasttree_cupy.plan.constants_of", lambda _: Constants(H200, machine))
     monkeypatch.setattr("fasttree_cupy.execution.cuda.multiprocessors", lambda _: workers)
 
 

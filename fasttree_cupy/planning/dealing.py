@@ -10,7 +10,7 @@ from numba import njit
 
 from fasttree_cupy.planning.machine import WorkerMachine
 
-__all__ = ["MERGE_TOGETHER", "Work", "deal"]
+__all__ = ["MERGE_TOGETHER", "Work", "deal", "estimate_us"]
 
 Int64Array = npt.NDArray[np.int64]
 Float64Array = npt.NDArray[np.float64]
@@ -86,13 +86,32 @@ def deal(
             dealt.append(_whole(work, costs, workers))
         for pieces in dealt:
             busiest, most_pieces = _longest(work, pieces)
-            cost = machine.start + ((busiest * step_us) ** 4 + memory_us**4) ** 0.25
-            if most_pieces >= MERGE_TOGETHER and len(pieces) == pieces[-1, 3] + 1:
-                cost += machine.merge_together + machine.merge_together_piece * most_pieces
-            elif most_pieces > 1:
-                cost += machine.merge + machine.merge_piece * most_pieces
-            candidates.append((float(cost), pieces))
+            alone = len(pieces) == int(pieces[-1, 3]) + 1
+            candidates.append((estimate_us(busiest * step_us, memory_us, most_pieces, alone, machine), pieces))
     return min(candidates, key=lambda candidate: candidate[0])
+
+
+def estimate_us(busiest_us: float, memory_us: float, most_pieces: int, alone: bool, machine: WorkerMachine) -> float:
+    """Estimated microseconds of a run.
+
+    Parameters
+    ----------
+    busiest_us, memory_us : float
+        Microseconds of the busiest worker's items, and of the bytes of K, V, Q and O.
+    most_pieces : int
+        Pieces of the tile that has most.
+    alone : bool
+        Whether every worker has one item.
+    machine : WorkerMachine
+        Constants of the GPU.
+    """
+    # The two overlap, but not wholly where they are alike.
+    cost = machine.start + (busiest_us**4 + memory_us**4) ** 0.25
+    if most_pieces >= MERGE_TOGETHER and alone:
+        cost += machine.merge_together + machine.merge_together_piece * most_pieces
+    elif most_pieces > 1:
+        cost += machine.merge + machine.merge_piece * most_pieces
+    return float(cost)
 
 
 # Compiled passes.

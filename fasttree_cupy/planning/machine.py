@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["H200", "H200_WORKERS", "Machine", "WorkerMachine", "WorkerRates", "machine_of"]
+__all__ = ["COST_MODEL", "H200", "H200_WORKERS", "Constants", "Machine", "WorkerMachine", "WorkerRates", "built_in"]
+
+COST_MODEL = 1
+"""Version of the cost models and of the kernels that they describe. Constants that were fitted to another one are not
+used: count it up where a formula, or what a kernel does in a step, an item or a merge, changes."""
 
 
 class Machine(NamedTuple):
@@ -45,11 +49,6 @@ class Machine(NamedTuple):
 H200 = Machine(132, 5.4e6, 7.6e6, 0.091, 0.10, 0.60, 0.93, 9.8, 4.3)
 """Fitted to the times of every tile shape over FastTree's 45 cases on an H200, so that the cheapest estimate is the
 fastest shape (bench/NOTES.md): effective rates, which make up for what the model leaves out."""
-
-
-def machine_of(multiprocessors: int) -> Machine:
-    """Constants for a GPU: those of the H200, with the GPU's own number of multiprocessors."""
-    return H200._replace(multiprocessors=float(multiprocessors))
 
 
 class WorkerRates(NamedTuple):
@@ -110,3 +109,61 @@ H200_WORKERS = WorkerMachine(
 """Fitted to 411 runs of plans of FastTree's 45 and PAT's 80 cases on an H200: the times to 10%, and the plan with the
 cheapest estimate is within 0.5% of the fastest one (bench/NOTES.md). The two of merging together were then set so that
 a tile in 44 pieces is taken for slower than one in 22, as was measured."""
+
+
+class Constants(NamedTuple):
+    """The constants of one GPU.
+
+    Attributes
+    ----------
+    items : Machine
+        For `subtree`, whose items ``tree_decode`` runs.
+    workers : WorkerMachine
+        For `balanced`, whose workers ``tree_decode_sm90`` runs.
+    """
+
+    items: Machine
+    workers: WorkerMachine
+
+
+_BANDWIDTHS = {
+    "H200": 4.8,
+    "H100 NVL": 3.9,
+    "H100 PCIe": 2.0,
+    "H100": 3.35,
+    "A100 80GB PCIe": 1.935,
+    "A100-SXM4-80GB": 2.039,
+    "A100": 1.555,
+}
+"""Part of a GPU's name -> TB/s of its memory, by NVIDIA's data sheets; the first that fits counts."""
+
+
+def built_in(name: str, multiprocessors: int) -> tuple[Constants, str]:
+    """Constants for a GPU that was not tuned.
+
+    Only the H200's were measured. Those of an H100 or A100 are the H200's, scaled: bytes of device memory by the
+    published bandwidths, bytes of the L2 cache by the multiprocessors; times are taken for the same, though an A100's
+    clock is lower. Any other GPU's bandwidth is scaled by its multiprocessors too.
+
+    Parameters
+    ----------
+    name : str
+        The GPU's name, as CUDA says it: "NVIDIA H200".
+    multiprocessors : int
+        Its multiprocessors.
+
+    Returns
+    -------
+    constants : Constants
+    origin : str
+        What they are, in words.
+    """
+    part = next((part for part in _BANDWIDTHS if part in name), None)
+    size = multiprocessors / H200.multiprocessors
+    memory = size if part is None else _BANDWIDTHS[part] / _BANDWIDTHS["H200"]
+    items = H200._replace(multiprocessors=float(multiprocessors), hbm=H200.hbm * memory, l2=H200.l2 * size)
+    constants = Constants(items, H200_WORKERS._replace(hbm=H200_WORKERS.hbm * memory))
+    if part == "H200":
+        return constants, "built-in, measured on an H200"
+    scaled = "multiprocessors" if part is None else f"the published bandwidth of {part}"
+    return constants, f"built-in, the H200's scaled by {scaled}; not measured"

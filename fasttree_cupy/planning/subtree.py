@@ -8,6 +8,7 @@ several *items*; then each writes partial outputs, to be merged by log-sum-exp.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from numba import njit
 from fasttree_cupy.planning.machine import Machine
 from fasttree_cupy.tree import KVTree
 
-__all__ = ["ITEM_FIELDS", "SubtreePlan", "depth_first", "lay_out", "plan"]
+__all__ = ["ITEM_FIELDS", "SubtreePlan", "TileShape", "depth_first", "lay_out", "plan", "tile_shapes"]
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -81,6 +82,8 @@ def plan(
     head_dim: int,
     machine: Machine,
     kv_indices: Int32Array | None = None,
+    shapes: Sequence[TileShape] | None = None,
+    limits: Sequence[int] | None = None,
 ) -> SubtreePlan:
     """Plan a tree.
 
@@ -96,13 +99,17 @@ def plan(
         Constants of the GPU.
     kv_indices : int32 (unique_tokens,), optional
         Rows of K and V of the tree's tokens; by default in the tree's order.
+    shapes : sequence of TileShape, optional
+        Shapes to choose from; by default all.
+    limits : sequence of int, optional
+        Limits of an item's length to choose from, in steps of a warp; by default those in use.
 
     Raises
     ------
     ValueError
         If `group` is larger than the kernel's tiles.
     """
-    shapes = tile_shapes(group, head_dim)
+    shapes = tile_shapes(group, head_dim) if shapes is None else shapes
     if not shapes:
         raise ValueError(
             f"group is {group}, expected at most {WARP_ROWS * most_warps(head_dim)} at head_dim {head_dim}"
@@ -115,7 +122,8 @@ def plan(
     layout = lay_out(tree, begins, ends, kv_indices)
     chosen, longest, estimate = _choose(
         layout, tree.batch_size, tree.unique_tokens, group, num_kv_heads, head_dim,
-        np.array(shapes, np.int64), np.array(_LONGEST, np.int64), np.array(machine, np.float64),
+        np.array(shapes, np.int64), np.array(_LONGEST if limits is None else limits, np.int64),
+        np.array(machine, np.float64),
     )  # fmt: skip
     shape = shapes[chosen]
     items, segments, merge = _build(layout, request_order, group, longest, *shape)
