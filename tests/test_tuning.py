@@ -6,7 +6,9 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,17 @@ import fasttree_cupy as ft
 from fasttree_cupy import cli
 from fasttree_cupy.execution import cuda
 from fasttree_cupy.execution.device import gpu_problem
-from fasttree_cupy.execution.schedule import BalancedSchedule
+from fasttree_cupy.execution.schedule import BalancedSchedule, SubtreeSchedule
 from fasttree_cupy.plan import make_schedule
 from fasttree_cupy.planning.machine import COST_MODEL, H200, H200_WORKERS, Constants, WorkerMachine, built_in
 from fasttree_cupy.tuning import fit as fitting
-from fasttree_cupy.tuning import store
+from fasttree_cupy.tuning import measure, store
 from fasttree_cupy.tuning.chosen import chosen, constants_of
 from fasttree_cupy.tuning.fit import Fit, Measured, fit
-from fasttree_cupy.tuning.gpu import Gpu
+from fasttree_cupy.tuning.gpu import Gpu, gpu_of
 from fasttree_cupy.tuning.measure import problems
 from fasttree_cupy.tuning.numbers import numbers_of, with_numbers
-from fasttree_cupy.tuning.samples import item_samples, worker_samples
+from fasttree_cupy.tuning.samples import Problem, item_samples, worker_samples
 from tests.reference import dense_attention
 from tests.tolerances import assert_close
 
@@ -48,8 +50,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     """An H200 of paper."""
-    for module in (cli, sys.modules["fasttree_cupy.tuning.chosen"]):
-        monkeypatch.setattr(module, "gpu_of", lambda _: GPU)
+    monkeypatch.setattr(cli, "gpu_of", lambda _: GPU)
+    monkeypatch.setattr("fasttree_cupy.tuning.chosen.gpu_of", lambda _: GPU)
     monkeypatch.setattr(cuda, "compute_capability", lambda _: GPU.compute_capability)
     monkeypatch.setattr(cuda, "multiprocessors", lambda _: GPU.multiprocessors)
     return GPU
@@ -306,6 +308,48 @@ def test_another_gpus_file_is_not_looked_at(gpu: Gpu) -> None:
     assert chosen(0)[:2] == (CONSTANTS, "built-in, measured on an H200")
 
 
+# Measuring
+
+
+class PaperTimer:
+    """Times that the cost model says, of a machine of other speeds."""
+
+    asked = 0
+
+    def __init__(self, device: int, repeats: int) -> None:
+        pass
+
+    def times_us(self, problem: Problem, schedules: Sequence[Any]) -> list[float]:
+        PaperTimer.asked += len(schedules)
+        kind = (
+            item_samples if isinstance(schedules[0], SubtreeSchedule) else partial(worker_samples, multiprocessors=132)
+        )
+        machine = H200 if kind is item_samples else H200_WORKERS
+        return [each.estimate_us(other(machine)) for each in kind(problem, machine=machine)]
+
+
+@pytest.mark.parametrize(("capability", "fields"), [(90, ["items", "workers"]), (80, ["items"])])
+def test_tuning_fits_the_planners_that_serve_the_gpu(
+    capability: int, fields: list[str], gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "compute_capability", lambda _: capability)
+    monkeypatch.setattr(measure.streams, "use_device", lambda _: nullcontext())
+    monkeypatch.setattr(measure, "Timer", PaperTimer)
+    monkeypatch.setattr(PaperTimer, "asked", 0)
+    fits = measure.tune(0, CONSTANTS, quick=True)
+    assert list(fits) == fields
+    assert sum(each.samples for each in fits.values()) == PaperTimer.asked
+    for each in fits.values():
+        assert each.accepted
+        assert each.errors[1] < 0.02 < each.errors[0]
+
+
+def test_a_gpu_without_a_cost_model_is_not_tuned(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "compute_capability", lambda _: 75)
+    with pytest.raises(ValueError, match=r"there is nothing to tune: compute capability 7\.5 has no"):
+        measure.tune(0, CONSTANTS)
+
+
 # The command
 
 
@@ -371,7 +415,7 @@ def test_tuning_on_the_gpu(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     printed = capsys.readouterr().out
     assert "items: error" in printed
     if path.exists():  # else nothing was better than what is built in
-        this = sys.modules["fasttree_cupy.tuning.gpu"].gpu_of(0)
+        this = gpu_of(0)
         start, _ = built_in(this.name, this.multiprocessors)
         tuned = store.read(path, this, start).constants
         for before, after in zip(start, tuned, strict=True):
