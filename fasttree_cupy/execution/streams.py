@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ __all__ = [
     "ForeignStream",
     "WorkStream",
     "current_stream",
+    "current_stream_of",
     "keep_alive",
     "record_event",
     "stream_handle",
@@ -75,16 +77,20 @@ def _explicit_handle(stream: Any) -> Any:
 
 def current_stream(framework: str, device_index: int) -> int:
     """The handle of the stream on which `framework` queues work for this GPU; CuPy's for all but torch."""
+    return current_stream_of(framework)(device_index)
+
+
+@functools.cache
+def current_stream_of(framework: str) -> Callable[[int], int]:
+    """What gives the handle of the stream on which `framework` queues work for a GPU, by its index."""
     if framework != "torch":
         import cupy
 
-        return int(cupy.cuda.get_current_stream(device_index).ptr)
+        return lambda device_index: int(cupy.cuda.get_current_stream(device_index).ptr)
     torch = sys.modules["torch"]
     # What Triton and Inductor call for each launch; torch.cuda.current_stream builds an object each time.
-    raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-    if raw_stream is None:
-        return int(torch.cuda.current_stream(device_index).cuda_stream)
-    return int(raw_stream(device_index))
+    raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return raw_stream or (lambda device_index: int(torch.cuda.current_stream(device_index).cuda_stream))
 
 
 class WorkStream:
@@ -112,6 +118,14 @@ class WorkStream:
         self._followed: set[str] = set()
         self._capturing: bool | None = None
         self._mark: Any = None
+
+    @classmethod
+    def of(cls, stream: Any, framework: str, device: int) -> WorkStream:
+        """The stream of a call: see `stream_handle`."""
+        work = cls(stream_handle(stream, framework, device), device)
+        if stream is None:
+            work._current[framework] = work.handle
+        return work
 
     @property
     def is_capturing(self) -> bool:
