@@ -427,6 +427,8 @@ class DecodePlan:
             return False
         if last.sm_scale != scale or last.logit_cap != cap or (addresses := last.addresses(q, k, v, out)) is None:
             return False
+        if self._growth is not None:
+            self._growth.framework = last.framework
         work = streams.WorkStream.of(None, last.framework, self._place[1])
         self._queue(partial(last.launch, addresses), last.memory, (), work)
         return True

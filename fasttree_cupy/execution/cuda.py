@@ -397,37 +397,32 @@ class Relaunch:
 
     `Launch` asks for the device, its kernel, the stream and the type of the parameters each time. Here these stay, and
     the struct too: the caller lets no two threads in at once.
-
-    Attributes
-    ----------
-    context : int
-        The CUDA context (``CUcontext``) that must be current.
     """
 
-    __slots__ = ("_launch", "_parameters", "_parameters_at", "context")
+    __slots__ = ("_context", "_current_context", "_function", "_launch", "_parameters", "_parameters_at")
 
     def __init__(self, launch: Launch, grid: tuple[int, int, int], params: Any) -> None:
         from cupy.cuda import driver
 
-        self.context = current_context()
+        self._current_context = driver.ctxGetCurrent
+        self._context = driver.ctxGetCurrent()
         # What cuLaunchKernel takes: a pointer to each parameter. There is one, and it lies right behind its pointer.
         self._parameters = bytearray(POINTER.size) + params.tobytes()
         self._parameters_at = np.frombuffer(self._parameters, np.uint8).ctypes.data
         POINTER.pack_into(self._parameters, 0, self._parameters_at + POINTER.size)
-        function = launch.kernel.kernel.ptr
-        self._launch = functools.partial(driver.launchKernel, function, *grid, *launch.block, launch.shared_bytes)
+        self._function = launch.kernel.kernel  # keeps its module loaded
+        self._launch = functools.partial(
+            driver.launchKernel, self._function.ptr, *grid, *launch.block, launch.shared_bytes
+        )
+
+    def is_possible(self) -> bool:
+        """Whether the calling thread's CUDA context is the launch's, and so its device; a new thread has none yet."""
+        return self._current_context() == self._context  # type: ignore[no-any-return]
 
     def __call__(self, addresses: Sequence[int], stream: WorkStream) -> None:
         """Launch on a stream."""
         OPERAND_ADDRESSES.pack_into(self._parameters, POINTER.size, *addresses)
         self._launch(stream.handle, self._parameters_at, 0)
-
-
-def current_context() -> int:
-    """The calling thread's CUDA context, which says its device too; 0: none so far."""
-    from cupy.cuda import driver
-
-    return int(driver.ctxGetCurrent())
 
 
 def packed(values: Sequence[float], fields: np.dtype[Any]) -> Any:

@@ -71,7 +71,7 @@ class Repeat(NamedTuple):
         )  # fmt: skip
 
     def addresses(self, q: Any, k: Any, v: Any, out: Any) -> tuple[int, int, int, int] | None:
-        """Where arrays lie on which this can run again, in the calling thread's CUDA context; None for others."""
+        """Where arrays lie on which the calling thread can launch this again; None for others."""
         look_q, look_k, look_v, look_out = self.looks
         if (
             (at_q := look_q(q)) is None
@@ -79,7 +79,7 @@ class Repeat(NamedTuple):
             or (at_v := look_v(v)) is None
             or (at_out := look_out(out)) is None
             or (at_q | at_k | at_v | at_out) % cuda.VECTOR_BYTES
-            or cuda.current_context() != self.launch.context
+            or not self.launch.is_possible()
         ):
             return None
         return at_q, at_k, at_v, at_out

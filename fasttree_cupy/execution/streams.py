@@ -6,7 +6,7 @@ import functools
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -162,7 +162,7 @@ class WorkStream:
             return nullcontext()
         return use_stream(self.handle, self.device)
 
-    def keep_borrowed(self, views: Iterable[ArrayView], own: object = None, home: int = 0) -> None:
+    def keep_borrowed(self, views: Sequence[ArrayView], own: object = None, home: int = 0) -> None:
         """Hold what could be reused before the stream has read it (see `keep_alive`).
 
         That is, what belongs to a framework that frees memory in another order than that of the stream: torch and CuPy
@@ -171,16 +171,17 @@ class WorkStream:
 
         Parameters
         ----------
-        views : iterable of ArrayView
+        views : sequence of ArrayView
             The caller's arrays.
         own : object, optional
             Holder of our own memory.
         home : int
             The stream in whose order CuPy reuses that: the one that was its current one when it was allocated.
         """
-        views = tuple(views)
-        others = {name for name in {view.framework for view in views} if not self._reused_in_order(name)}
-        owners: list[object] = [view.owner for view in views if view.framework in others] if others else []
+        owners: list[object] = []
+        if views:
+            others = {name for name in {view.framework for view in views} if not self._reused_in_order(name)}
+            owners += [view.owner for view in views if view.framework in others]
         if own is not None and home != self.handle:
             owners.append(own)
         if owners and not self.is_capturing:
