@@ -219,7 +219,7 @@ class DecodePlan:
             with self._turns.lock:
                 if work is not None:
                     self._turns.wait(work)
-                self.memory = self.schedule.needs.place(space, work)
+                self.memory, self._last = self.schedule.needs.place(space, work), None
                 if work is not None:
                     self._turns.end(work)
 
@@ -296,7 +296,8 @@ class DecodePlan:
                     self._growth.framework = framework
                 work = streams.WorkStream.of(stream, framework, index)
             q_view, k_view, v_view = arrays.view("q", q, work), arrays.view("k", k, work), arrays.view("v", v, work)
-            self._check(q_view, k_view, v_view)
+            num_tokens = self.num_tokens  # once: a change in another thread may raise it
+            self._check(q_view, k_view, v_view, num_tokens)
             k_factor = checked_scale("k_scale", k_scale, k_view, work)
             v_factor = checked_scale("v_scale", v_scale, v_view, work)
             if isinstance(k_factor, float):
@@ -311,7 +312,7 @@ class DecodePlan:
             make, memory = self._run_operands(operands, work)
             self._last = None
             if plain and make is not None:
-                self._last = Repeat.of(operands, (q, k, v, out), memory, self.num_tokens, make)
+                self._last = Repeat.of(operands, (q, k, v, out), memory, num_tokens, make)
             if out is not None and lse is None:
                 return out
             with nullcontext() if work is None else work.launches():
@@ -355,9 +356,7 @@ class DecodePlan:
             The plan was made with ``place=False`` and is not placed yet.
         """
         most = self._growing().append(rows, requests, stream, self._placed())
-        if most >= self.num_tokens:
-            self.num_tokens = most + 1
-            self._checked_inputs = ()
+        self.num_tokens = max(self.num_tokens, most + 1)
 
     def fork(self, requests: Any, *, stream: Any = None) -> npt.NDArray[np.int32]:
         """Make requests that share every token so far of their parents; what is appended later is each one's own.
@@ -459,16 +458,16 @@ class DecodePlan:
         work.keep_borrowed((*borrowed, memory.workspace) if memory.borrowed else borrowed, memory, memory.home)
         return made
 
-    def _check(self, q: ArrayView, k: ArrayView, v: ArrayView) -> None:
+    def _check(self, q: ArrayView, k: ArrayView, v: ArrayView, num_tokens: int) -> None:
         """Check the inputs against one another and against the plan, unless the last run's were like them."""
-        inputs = (layout_of(q), layout_of(k), layout_of(v))
+        inputs = (num_tokens, layout_of(q), layout_of(k), layout_of(v))
         if inputs == self._checked_inputs:
             return
         check_inputs({"q": q, "k": k, "v": v}, float8=True)
         check_same("q", "shape", q.shape, (self.batch_size, self.num_qo_heads, self.head_dim))
-        if self.from_pool and k.shape[0] < self.num_tokens:
-            raise ValueError(f"k has {k.shape[0]} rows, expected {self.num_tokens} at least, as kv_indices asks for")
-        rows = k.shape[0] if self.from_pool else self.num_tokens
+        if self.from_pool and k.shape[0] < num_tokens:
+            raise ValueError(f"k has {k.shape[0]} rows, expected {num_tokens} at least, as kv_indices asks for")
+        rows = k.shape[0] if self.from_pool else num_tokens
         check_same("k", "shape", k.shape, (rows, self.num_kv_heads, self.head_dim))
         self.schedule.check(q, k, v)
         self._checked_inputs = inputs

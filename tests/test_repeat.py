@@ -193,6 +193,16 @@ def test_another_place_or_context_is_launched_anew(gpu: FakeCuda, torch: Any) ->
     assert places[0] != places[1] == places[2]
 
 
+def test_rows_that_a_plan_came_to_need_are_asked_for(gpu: FakeCuda, torch: Any) -> None:
+    plan, given = ft.plan_decode(TREE, *LAYOUT), tensors(torch)
+    for _ in range(2):
+        plan.run(**given)
+    plan.num_tokens += 1  # as append does
+    with pytest.raises(ValueError, match=r"k has shape \(76, 2, 64\), expected \(77, 2, 64\)"):
+        plan.run(**given)
+    assert gpu.hows == ["anew", "again"]
+
+
 def test_what_makes_arrays_is_launched_anew(gpu: FakeCuda, torch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arrays, "empty", lambda shape, dtype, _: torch.empty(shape, dtype=getattr(torch, dtype)))
     plan, given = ft.plan_decode(TREE, *LAYOUT), tensors(torch)
