@@ -7,6 +7,7 @@ all others, JAX's among them, by their DLPack capsule.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from fasttree_cupy.execution import dlpack, streams
 __all__ = [
     "DTYPES",
     "ArrayView",
+    "address_of_alike",
     "aligned_empty",
     "as_numpy",
     "device_of",
@@ -183,6 +185,54 @@ def _view_dlpack(array: Any, framework: str, stream: streams.WorkStream | None) 
     # JAX's arrays never change, and its capsules are too old to say so.
     writable = framework != "jax" and not read_only
     return ArrayView(pointer, shape, strides, dtype, device, writable, framework, capsule)
+
+
+def address_of_alike(array: Any) -> Callable[[Any], int | None] | None:
+    """How to look again at arrays that may be like one that `view` took.
+
+    Returns
+    -------
+    callable or None
+        Gives the address of an array of which `view` would say all else that it said of `array`, and None for any
+        other. Both are asked anew in each call: arrays change in place. None for what only a capsule tells about.
+    """
+    make = {"torch": _address_of_alike_tensor, "cupy": _address_of_alike_cupy}.get(framework_of(array))
+    return None if make is None else make(array)
+
+
+def _address_of_alike_tensor(like: Any) -> Callable[[Any], int | None]:
+    kind, layout, dtype, device, shape, strides = (
+        type(like), like.layout, like.dtype, like.device, like.shape, like.stride(),
+    )  # fmt: skip
+
+    def address(tensor: Any) -> int | None:
+        if (
+            type(tensor) is kind
+            and tensor.layout is layout
+            and tensor.dtype is dtype
+            and tensor.shape == shape
+            and tensor.stride() == strides
+            and tensor.device == device
+            and not tensor.requires_grad
+            and not tensor.is_neg()
+        ):
+            return tensor.data_ptr()  # type: ignore[no-any-return]
+        return None
+
+    return address
+
+
+def _address_of_alike_cupy(like: Any) -> Callable[[Any], int | None]:
+    kind, dtype, device, shape, strides = type(like), like.dtype, like.data.device_id, like.shape, like.strides
+
+    def address(array: Any) -> int | None:
+        if type(array) is kind and array.dtype == dtype and array.shape == shape and array.strides == strides:
+            memory = array.data
+            if memory.device_id == device:
+                return memory.ptr  # type: ignore[no-any-return]
+        return None
+
+    return address
 
 
 def _require_dlpack(array: Any) -> None:

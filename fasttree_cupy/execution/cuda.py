@@ -20,13 +20,13 @@ from .kernels import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from .arrays import ArrayView
     from .operands import Operands
     from .streams import WorkStream
 
-__all__ = ["KERNELS", "check_kernel", "decode"]
+__all__ = ["KERNELS", "Relaunch", "check_kernel", "decode"]
 
 KERNELS = ("auto", "mma", "plain")
 VECTOR_BYTES = 16
@@ -60,6 +60,9 @@ TREE_DECODE_PARAMS = np.dtype(
     + [("o_aligned", np.int32), ("v_scale", np.float32), ("k_scales", np.uint64), ("v_scales", np.uint64)]
 )
 WORK_POINTERS = ("q", "k", "v", "o", "mid_o", "mid_lse", "lse", "counters", "items", "segments", "request_order")
+POINTER = struct.Struct("=Q")
+OPERAND_ADDRESSES = struct.Struct("=4Q")
+"""Those of Q, K, V and O, with which `WORK_PARAMS` begins."""
 WORK_PARAMS = np.dtype(
     [(name, np.uint64) for name in WORK_POINTERS]
     + [(name, np.int64) for name in ("q_request", "q_head", "k_token", "k_head", "v_token", "v_head")]
@@ -318,7 +321,7 @@ def run_workers(
     row_groups: int,
     workers: int,
     stream: WorkStream,
-) -> None:
+) -> Callable[[], Relaunch]:
     """Launch ``tree_decode_sm90`` on the current device.
 
     Parameters
@@ -333,6 +336,11 @@ def run_workers(
         See `fasttree_cupy.planning.balanced.BalancedPlan`.
     stream : WorkStream
         CUDA stream to launch on.
+
+    Returns
+    -------
+    callable
+        Makes a `Relaunch` of the launch.
     """
     q, k, v, o, _, logit_cap, lse = operands[:7]
     scales = kernel_scales(operands)
@@ -343,8 +351,10 @@ def run_workers(
     params = packed((*pointers, *strides, *numbers, MERGE_POLLS, *scales[1:]), WORK_PARAMS)
     soft_cap = logit_cap > 0 or scales.sm_scale < 0
     launch = worker_launch(q.dtype, head_dim, row_groups, soft_cap, operands.kv_dtype, q.device[1])
+    grid = (workers, 1, 1)
     with stream.launches():
-        launch((workers, 1, 1), params)
+        launch(grid, params)
+    return functools.partial(Relaunch, launch, grid, params)
 
 
 def merge_states(states: Sequence[ArrayView], o: ArrayView, lse: ArrayView, stream: WorkStream) -> None:
@@ -380,6 +390,39 @@ class Launch(NamedTuple):
     def __call__(self, grid: tuple[int, int, int], params: Any) -> None:
         """Launch on CuPy's current stream with the kernel's parameter struct, from `packed`, passed by value."""
         self.kernel(grid, self.block, (params,), shared_mem=self.shared_bytes)
+
+
+class Relaunch:
+    """A launch that was done, to be done again with other addresses of Q, K, V and O, with which its struct begins.
+
+    `Launch` asks for the device, its kernel, the stream and the type of the parameters each time. Here these stay, and
+    the struct too: the caller lets no two threads in at once.
+    """
+
+    __slots__ = ("_context", "_current_context", "_function", "_launch", "_parameters", "_parameters_at")
+
+    def __init__(self, launch: Launch, grid: tuple[int, int, int], params: Any) -> None:
+        from cupy.cuda import driver
+
+        self._current_context = driver.ctxGetCurrent
+        self._context = driver.ctxGetCurrent()
+        # What cuLaunchKernel takes: a pointer to each parameter. There is one, and it lies right behind its pointer.
+        self._parameters = bytearray(POINTER.size) + params.tobytes()
+        self._parameters_at = np.frombuffer(self._parameters, np.uint8).ctypes.data
+        POINTER.pack_into(self._parameters, 0, self._parameters_at + POINTER.size)
+        self._function = launch.kernel.kernel  # keeps its module loaded
+        self._launch = functools.partial(
+            driver.launchKernel, self._function.ptr, *grid, *launch.block, launch.shared_bytes
+        )
+
+    def is_possible(self) -> bool:
+        """Whether the calling thread's CUDA context is the launch's, and so its device; a new thread has none yet."""
+        return self._current_context() == self._context  # type: ignore[no-any-return]
+
+    def __call__(self, addresses: Sequence[int], stream: WorkStream) -> None:
+        """Launch on a stream."""
+        OPERAND_ADDRESSES.pack_into(self._parameters, POINTER.size, *addresses)
+        self._launch(stream.handle, self._parameters_at, 0)
 
 
 def packed(values: Sequence[float], fields: np.dtype[Any]) -> Any:

@@ -40,6 +40,8 @@ class PlanMemory:
         Partial outputs and their LSE.
     counters : ArrayView, int32, one dimension
         0 before the first run; each leaves them as the next one needs them.
+    shared : bool
+        Whether runs write to the workspace, and so must take turns.
     borrowed : bool
         Whether the workspace is the caller's.
     home : int
@@ -52,6 +54,7 @@ class PlanMemory:
     mid_o: ArrayView
     mid_lse: ArrayView
     counters: ArrayView
+    shared: bool
     borrowed: bool
     home: int
 
@@ -110,7 +113,8 @@ class MemoryNeeds:
             lists, home = upload(self._arrays, stream.device), stream.current("cupy")
         views = tuple(view("schedule", array) for array in lists)
         pointers = tuple(each.pointer for each in views)
-        return PlanMemory(views, pointers, space, mid_o, mid_lse, counters, workspace is not None, home)
+        shared, borrowed = self.workspace_bytes > 0, workspace is not None
+        return PlanMemory(views, pointers, space, mid_o, mid_lse, counters, shared, borrowed, home)
 
     def _new_workspace(self, stream: WorkStream | None) -> Any:
         if stream is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -31,8 +32,13 @@ class Schedule(Protocol):
     def check(self, q: ArrayView, k: ArrayView, v: ArrayView) -> None:
         """Raise ValueError where this schedule cannot run on the arrays."""
 
-    def run(self, operands: Operands, memory: PlanMemory, stream: WorkStream | None) -> None:
-        """Decode into ``o`` with the memory that was placed; on a GPU the work is queued on a stream."""
+    def run(
+        self, operands: Operands, memory: PlanMemory, stream: WorkStream | None
+    ) -> Callable[[], cuda.Relaunch] | None:
+        """Decode into ``o`` with the memory that was placed; on a GPU the work is queued on a stream.
+
+        Returns what makes a `Relaunch` of it, or None where that is not one launch.
+        """
 
 
 class BalancedSchedule:
@@ -66,13 +72,13 @@ class BalancedSchedule:
         """Where items, segments and the order of the requests lie."""
         return memory.pointers
 
-    def run(self, operands: Operands, memory: PlanMemory, stream: WorkStream | None) -> None:
+    def run(self, operands: Operands, memory: PlanMemory, stream: WorkStream | None) -> Callable[[], cuda.Relaunch]:
         """Queue one launch."""
         if stream is None:
             raise ValueError("stream is None, expected a CUDA stream")
         mid = (memory.mid_o.pointer, memory.mid_lse.pointer)
         lists = (memory.counters.pointer, *self.lists(memory))
-        cuda.run_workers(operands, mid, lists, self.num_segments, self.row_groups, self.workers, stream)
+        return cuda.run_workers(operands, mid, lists, self.num_segments, self.row_groups, self.workers, stream)
 
 
 def check_rows(q: ArrayView, k: ArrayView, v: ArrayView) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ __all__ = [
     "ForeignStream",
     "WorkStream",
     "current_stream",
+    "current_stream_of",
     "keep_alive",
     "record_event",
     "stream_handle",
@@ -75,16 +77,20 @@ def _explicit_handle(stream: Any) -> Any:
 
 def current_stream(framework: str, device_index: int) -> int:
     """The handle of the stream on which `framework` queues work for this GPU; CuPy's for all but torch."""
+    return current_stream_of(framework)(device_index)
+
+
+@functools.cache
+def current_stream_of(framework: str) -> Callable[[int], int]:
+    """What gives the handle of the stream on which `framework` queues work for a GPU, by its index."""
     if framework != "torch":
         import cupy
 
-        return int(cupy.cuda.get_current_stream(device_index).ptr)
+        return lambda device_index: int(cupy.cuda.get_current_stream(device_index).ptr)
     torch = sys.modules["torch"]
     # What Triton and Inductor call for each launch; torch.cuda.current_stream builds an object each time.
-    raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-    if raw_stream is None:
-        return int(torch.cuda.current_stream(device_index).cuda_stream)
-    return int(raw_stream(device_index))
+    raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return raw_stream or (lambda device_index: int(torch.cuda.current_stream(device_index).cuda_stream))
 
 
 class WorkStream:
@@ -112,6 +118,14 @@ class WorkStream:
         self._followed: set[str] = set()
         self._capturing: bool | None = None
         self._mark: Any = None
+
+    @classmethod
+    def of(cls, stream: Any, framework: str, device: int) -> WorkStream:
+        """The stream of a call: see `stream_handle`."""
+        work = cls(stream_handle(stream, framework, device), device)
+        if stream is None:
+            work._current[framework] = work.handle
+        return work
 
     @property
     def is_capturing(self) -> bool:
@@ -148,7 +162,7 @@ class WorkStream:
             return nullcontext()
         return use_stream(self.handle, self.device)
 
-    def keep_borrowed(self, views: Iterable[ArrayView], own: object = None, home: int = 0) -> None:
+    def keep_borrowed(self, views: Sequence[ArrayView], own: object = None, home: int = 0) -> None:
         """Hold what could be reused before the stream has read it (see `keep_alive`).
 
         That is, what belongs to a framework that frees memory in another order than that of the stream: torch and CuPy
@@ -157,16 +171,17 @@ class WorkStream:
 
         Parameters
         ----------
-        views : iterable of ArrayView
+        views : sequence of ArrayView
             The caller's arrays.
         own : object, optional
             Holder of our own memory.
         home : int
             The stream in whose order CuPy reuses that: the one that was its current one when it was allocated.
         """
-        views = tuple(views)
-        others = {name for name in {view.framework for view in views} if not self._reused_in_order(name)}
-        owners: list[object] = [view.owner for view in views if view.framework in others] if others else []
+        owners: list[object] = []
+        if views:
+            others = {name for name in {view.framework for view in views} if not self._reused_in_order(name)}
+            owners += [view.owner for view in views if view.framework in others]
         if own is not None and home != self.handle:
             owners.append(own)
         if owners and not self.is_capturing:
