@@ -27,7 +27,7 @@ constexpr int kConsumerRegisters = kFloat8 ? 168 : 208;
 static_assert(kWarpSize * ((kProducerWarps + kWidenWarps) * kProducerRegisters + kConsumerWarps * kConsumerRegisters) <=
                   kThreads * kLaunchRegisters,
               "or the consumers wait for registers for ever");
-// Tiles of 128 tokens, and the warps that widen, leave consumers too few in an equal share.
+// Consumers need more than an equal share with tiles of 128 tokens, and where further warps widen float8.
 constexpr bool kSharesRegisters = kTileTokens == 64 && !kFloat8;
 constexpr int kTileWarps = kFloat8 ? 2 : kRowGroups == 2 ? 4 : 1;  // producer warps that gather a tile together
 constexpr int kTilesAtATime = kProducerWarps / kTileWarps;
@@ -61,13 +61,13 @@ struct alignas(8) TileView {
 constexpr int kRawStages = FT_RAW_STAGES;  // tiles of float8 rows, keys and values
 constexpr int kRawBytes = kTileTokens * kHeadDim;
 static_assert(kTilesAtATime <= kRawStages, "who waits for a phase has seen the one before");
-// Tiles between the one whose view is written and the last one whose keys' place was seen free: those in the ring of
-// keys and, as warps that free the raw rows of a tile have found places for the tile before, one more than the raw ones.
-constexpr int kViewsAhead = kKeyStages + kRawStages + 1;
+// How far the tile whose view is written is ahead of one whose keys are known to be done with. Its raw place was freed
+// by the tile kRawStages before; by then the tile before that one had the place of one kKeyStages earlier.
+constexpr int kViewsAhead = kRawStages + 1 + kKeyStages;
 #else
 constexpr int kViewsAhead = kKeyStages;
 #endif
-// Keys are done with before their view is; but then the views of the same warpgroup's earlier tiles are, too.
+// A tile's keys are done with before its view is, but after the views of its warpgroup's earlier tiles.
 constexpr int kViewLaps = ceil_div(kViewsAhead + kTokenGroups, kKeyStages);
 
 struct Shared {

@@ -43,7 +43,7 @@ WORKER_COMPUTE_CAPABILITY = 90
 WORKER_STAGES = {(64, 1): (8, 8), (128, 1): (6, 4), (64, 2): (5, 4), (128, 2): (3, 2)}
 """Head dim, row groups -> tiles in the rings of keys and values of ``tree_decode_sm90``: what the shared memory of a
 multiprocessor holds."""
-WORKER_FLOAT8_STAGES = {(64, 1): (8, 8, 7), (128, 1): (4, 4, 2), (64, 2): (8, 8, 7), (128, 2): (4, 4, 2)}
+WORKER_FLOAT8_STAGES = {(64, 1): (4, 8, 10), (128, 1): (2, 4, 4), (64, 2): (4, 8, 10), (128, 2): (2, 4, 4)}
 """The same where K and V are float8, and the tiles in the rings of their rows as they come, keys and values."""
 WORKER_HEAD_DIMS = (64, 128)
 WORKER_ROW_GROUPS = (1, 2)
