@@ -72,6 +72,7 @@ def test_planner_and_kernels_agree_on_the_largest_block(head_dim: int) -> None:
 def test_planner_and_worker_kernel_agree_on_tiles() -> None:
     assert balanced.GROUP_ROWS == kernels.WORKER_GROUP_ROWS
     assert balanced.STEP_TOKENS == kernels.WORKER_TILE_TOKENS
+    assert all(step % kernels.WORKER_FLOAT8_TILE_TOKENS == 0 for step in balanced.STEP_TOKENS.values())
     assert max(kernels.WORKER_ROW_GROUPS) == balanced.MOST_ROW_GROUPS
     header = (kernels.cuda_src() / "include" / "warpgroup_rows.cuh").read_text()
     assert f"constexpr int kGroupRows = {kernels.WORKER_GROUP_ROWS};" in header
@@ -82,6 +83,10 @@ def test_the_worker_kernel_fits_a_multiprocessor() -> None:
     configs = [config for config in all_configs(90) if config.name == "tree_decode_sm90"]
     assert len(configs) == 2 * 3 * 2 * 2 * 2  # dtypes, those of K and V, head dims, row groups, soft cap or none
     assert max(config.shared_bytes for config in configs) <= HOPPER_SHARED_MEMORY
+    header = (kernels.cuda_src() / "include" / "worker.cuh").read_text()
+    assert "constexpr int kConsumerWarps = 8;\nconstexpr int kProducerWarps = 4;" in header
+    assert "constexpr int kWidenWarps = kFloat8 ? 4 : 0;" in header
+    assert {(config.kv_dtype is not None, config.threads) for config in configs} == {(False, 384), (True, 512)}
 
 
 def test_gpus_get_the_kernels_that_they_can_run() -> None:

@@ -10,6 +10,10 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) { return u32(
 __device__ __forceinline__ void barrier_init(Barrier& barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals) : "memory");
 }
+template <int kCount>
+__device__ __forceinline__ void barrier_init(Barrier (&barriers)[kCount], int arrivals) {
+    for (Barrier& barrier : barriers) barrier_init(barrier, arrivals);
+}
 __device__ __forceinline__ void barrier_arrive(Barrier& barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
@@ -17,15 +21,6 @@ __device__ __forceinline__ void barrier_arrive(Barrier& barrier) {
 __device__ __forceinline__ bool barrier_try_wait(Barrier& barrier, int parity) {
     u32 done;
     asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                 : "=r"(done)
-                 : "r"(shared_address(&barrier)), "r"(parity)
-                 : "memory");
-    return done;
-}
-// The same at once.
-__device__ __forceinline__ bool barrier_test(Barrier& barrier, int parity) {
-    u32 done;
-    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
                  : "=r"(done)
                  : "r"(shared_address(&barrier)), "r"(parity)
                  : "memory");

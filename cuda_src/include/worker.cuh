@@ -4,8 +4,8 @@
 #include "warpgroup_rows.cuh"
 #include "work.cuh"
 
-#if defined(FT_KV_ELEMENT) && !defined(FT_RAW_UNITS)
-#error "FT_RAW_UNITS is given by kernels.py where K and V are float8"
+#if defined(FT_KV_ELEMENT) && !defined(FT_RAW_STAGES)
+#error "FT_RAW_STAGES is given by kernels.py where K and V are float8"
 #endif
 #if !defined(FT_ROW_GROUPS) || !defined(FT_KEY_STAGES) || !defined(FT_VALUE_STAGES)
 #error "FT_ROW_GROUPS, FT_KEY_STAGES and FT_VALUE_STAGES are given by kernels.py"
@@ -18,14 +18,18 @@ constexpr int kKeyStages = FT_KEY_STAGES;
 constexpr int kValueStages = FT_VALUE_STAGES;
 constexpr int kConsumerWarps = 8;
 constexpr int kProducerWarps = 4;
-constexpr int kThreads = (kConsumerWarps + kProducerWarps) * kWarpSize;
+constexpr int kWidenWarps = kFloat8 ? 4 : 0;
+constexpr int kThreads = (kConsumerWarps + kProducerWarps + kWidenWarps) * kWarpSize;
 constexpr int kGroupThreads = 128;
 constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;  // of a thread; what a block begins with is all that it gets
 constexpr int kProducerRegisters = 88;
-constexpr int kConsumerRegisters = 208;
-static_assert(kGroupThreads * (kProducerRegisters + 2 * kConsumerRegisters) <= kThreads * kLaunchRegisters,
+constexpr int kConsumerRegisters = kFloat8 ? 168 : 208;
+static_assert(kWarpSize * ((kProducerWarps + kWidenWarps) * kProducerRegisters + kConsumerWarps * kConsumerRegisters) <=
+                  kThreads * kLaunchRegisters,
               "or the consumers wait for registers for ever");
-constexpr int kTileWarps = kRowGroups == 2 ? 4 : kFloat8 ? 2 : 1;  // producer warps that gather a tile together
+// Consumers need more than an equal share with tiles of 128 tokens, and where further warps widen float8.
+constexpr bool kSharesRegisters = kTileTokens == 64 && !kFloat8;
+constexpr int kTileWarps = kFloat8 ? 2 : kRowGroups == 2 ? 4 : 1;  // producer warps that gather a tile together
 constexpr int kTilesAtATime = kProducerWarps / kTileWarps;
 constexpr int kWarpTokens = kTileTokens / kTileWarps;
 constexpr int kLaneTokens = kWarpTokens / kWarpSize;
@@ -54,29 +58,34 @@ struct alignas(8) TileView {
 };
 
 #if defined(FT_KV_ELEMENT)
-constexpr int kRawUnits = FT_RAW_UNITS;  // parts of a tile of keys or values that a producer warp has under way
-constexpr int kRawBytes = kWarpTokens * kHeadDim;
-// Tiles whose views are kept: those in the ring of keys, those to come, and the ones whose keys are done with.
-constexpr int kViewLaps = 4;
-static_assert((kViewLaps - 1) * kKeyStages >= kTilesAtATime * ceil_div(kRawUnits, 2) + 2,
-              "a view is read before it is written again");
+constexpr int kRawStages = FT_RAW_STAGES;  // tiles of float8 rows, keys and values
+constexpr int kRawBytes = kTileTokens * kHeadDim;
+static_assert(kTilesAtATime <= kRawStages, "who waits for a phase has seen the one before");
+// How far the tile whose view is written is ahead of one whose keys are known to be done with. Its raw place was freed
+// by the tile kRawStages before; by then the tile before that one had the place of one kKeyStages earlier.
+constexpr int kViewsAhead = kRawStages + 1 + kKeyStages;
 #else
-// Twice as many views as keys: a tile's keys are done with before its view is.
-constexpr int kViewLaps = 2;
+constexpr int kViewsAhead = kKeyStages;
 #endif
+// A tile's keys are done with before its view is, but after the views of its warpgroup's earlier tiles.
+constexpr int kViewLaps = ceil_div(kViewsAhead + kTokenGroups, kKeyStages);
 
 struct Shared {
     alignas(1024) unsigned char k[kKeyStages][kTileBytes];
     alignas(1024) unsigned char v[kValueStages][kTileBytes];
     alignas(1024) unsigned char q[2][kQueryBytes];
 #if defined(FT_KV_ELEMENT)
-    unsigned char raw[kProducerWarps][kRawUnits][kRawBytes];  // float8 rows, as they come
+    alignas(128) unsigned char raw_k[kRawStages][kRawBytes];  // float8 rows, as they come
+    alignas(128) unsigned char raw_v[kRawStages][kRawBytes];
 #endif
     float exchange[kTokenGroups == 2 ? kOutputs * kGroupThreads : 1];  // accumulators of the second token group
     SoftmaxState exchange_state[kTokenGroups == 2 ? kGroupRows : 1];
     TileView view[kViewLaps * kKeyStages];
     u16 visible[kViewLaps * kKeyStages][kTileTokens];
     Barrier k_full[kKeyStages], k_empty[kKeyStages], v_full[kValueStages], v_empty[kValueStages], q_full[2], q_empty[2];
+#if defined(FT_KV_ELEMENT)
+    Barrier raw_k_full[kRawStages], raw_k_empty[kRawStages], raw_v_full[kRawStages], raw_v_empty[kRawStages];
+#endif
     int merge[2];  // what a warpgroup is to merge
 };
 static_assert(sizeof(Shared) == FT_SHARED_BYTES, "host and device agree on shared memory");

@@ -1,6 +1,52 @@
-// The producer warps of a worker where K and V are float8: rows come as they are, and are widened on the chip.
+// The rows of K and V of a worker where they are float8: producer warps gather them as they come into rings of their
+// own, and further warps widen them into the tiles that consumers read.
 #pragma once
 #include "worker_producer.cuh"
+
+// Where a lane writes when a warp copies float8 rows of kCopyChunks chunks of 16 bytes, 512 bytes a pass. In rows of 128
+// bytes the odd ones have their halves exchanged, see WidenPlace.
+struct RawPlace {
+    static constexpr int kRowsPerPass = kWarpSize / kCopyChunks;
+    u32 lane_offset;
+
+    // first_row: of the warp's rows in the tile, a multiple of 2.
+    __device__ __forceinline__ RawPlace(int first_row, int lane)
+        : lane_offset(offset(first_row + lane / kCopyChunks, lane % kCopyChunks)) {}
+
+    static __device__ __forceinline__ u32 offset(int row, int chunk) {
+        return row * kHeadDim + (chunk ^ (kCopyChunks == 8 ? row % 2 * 4 : 0)) * 16;
+    }
+    __device__ __forceinline__ u32 offset(int pass) const { return lane_offset + pass * kWarpSize * 16; }
+};
+
+// The rings that producer warps gather float8 rows into.
+struct RawRings {
+    using Place = RawPlace;
+    static constexpr int kRowBytes = kHeadDim;
+    Shared& s;
+    Ring<kRawStages> raw;
+    Ring<kKeyStages> keys;  // where the tile is widened to: its view is at the same place for all warps
+
+    static __device__ __forceinline__ void init(Shared& s) {
+        barrier_init(s.raw_k_full, kKeyArrivals);
+        barrier_init(s.raw_v_full, kValueArrivals);
+        barrier_init(s.raw_k_empty, kWidenWarps);
+        barrier_init(s.raw_v_empty, kWidenWarps);
+        barrier_init(s.k_full, kWidenWarps);
+        barrier_init(s.v_full, kWidenWarps);
+    }
+    __device__ __forceinline__ Slot key_slot() const {
+        return {shared_address(s.raw_k[raw.stage]), s.raw_k_full[raw.stage], s.raw_k_empty[raw.stage], raw.parity ^ 1};
+    }
+    __device__ __forceinline__ Slot value_slot() const {
+        return {shared_address(s.raw_v[raw.stage]), s.raw_v_full[raw.stage], s.raw_v_empty[raw.stage], raw.parity ^ 1};
+    }
+    __device__ __forceinline__ int view() const { return keys.view(); }
+    __device__ __forceinline__ void advance(int by) {
+        raw.advance(by);
+        keys.advance(by);
+    }
+};
 
 __device__ __forceinline__ void load_shared(u32 (&words)[4], u32 address) {
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -8,146 +54,88 @@ __device__ __forceinline__ void load_shared(u32 (&words)[4], u32 address) {
                  : "r"(address)
                  : "memory");
 }
-// Waits until at most `pending` groups of copies are under way, which are kMost at most.
-template <int kMost>
-__device__ __forceinline__ void wait_copies(int pending) {
-    if constexpr (kMost > 0) {
-        if (pending < kMost) {
-            wait_copies<kMost - 1>(pending);
-            return;
-        }
-    }
-    ::wait_copies<kMost>();
-}
 
-// From a warp's raw rows to a tile. A lane takes 16 float8 and writes two chunks of a tile's row, which are neighbours
-// but for the swizzle. Eight lanes, which the hardware serves together, take half a row (or all of one of 64 bytes) and
-// the same of the next: the tile's swizzle then spreads their chunks over all banks. Exchanged halves in odd rows do so
-// for what they read.
+// From raw rows to a tile. A lane takes 16 float8 and writes two chunks of a tile's row, which are neighbours but for the
+// swizzle. Eight lanes, which the hardware serves together, take half a row (or all of one of 64 bytes) and the same of
+// the next: the tile's swizzle then spreads their chunks over all banks. Exchanged halves in odd rows do so for what they
+// read.
 struct WidenPlace {
-    static constexpr int kRowsPerPass = CopyPlace::kRowsPerPass;
+    static constexpr int kRowsPerPass = RawPlace::kRowsPerPass;
     u32 from, to;
 
-    // first_row: of the warp's rows in the tile, a multiple of 8.
+    // first_row: of the warp's rows, a multiple of 8.
     __device__ __forceinline__ WidenPlace(int first_row, int lane) {
         const int chunk = lane % 4, panel = lane / 8 % kPanels;
         const int row = lane / 4 % 2 + lane / (8 * kPanels) * 2;
-        from = CopyPlace::offset(row, panel * 4 + chunk);
+        from = RawPlace::offset(first_row + row, panel * 4 + chunk);
         to = panel * kPanelBytes + (first_row + row) * kPanelRowBytes + ((chunk * 2) ^ row) * 16;
     }
-    static __device__ constexpr u32 raw_offset(int pass) { return pass * kWarpSize * 16; }
+    __device__ __forceinline__ u32 raw_offset(int pass) const { return from + pass * kWarpSize * 16; }
     __device__ __forceinline__ u32 tile_offset(int pass) const {
         const int row = pass * kRowsPerPass;
         return (to ^ (row % 8 * 16)) + row * kPanelRowBytes;
     }
 };
 
-// A warp's units are its parts of the keys of a tile, of its values, of its next tile's keys and so on. Each is copied to
-// the warp's own ring and widened later, so that copies are under way all the time.
-struct Float8Producer : Producer {
-    static constexpr int kKeyArrivals = kTileWarps, kValueArrivals = kTileWarps;
-    static constexpr int kPasses = kWarpTokens / CopyPlace::kRowsPerPass;
-    static constexpr int kBatch = min_of(kTileTokens > 64 ? 2 : 4, kPasses);  // passes whose reads are under way together
-    static_assert(kPasses % kBatch == 0 && kBatch * CopyPlace::kRowsPerPass % 8 == 0, "batches differ by a constant");
-    // Of the base class, `keys` is the place of the next tile to be copied.
-    Ring<kKeyStages> wide_keys;  // the places to which the oldest units go
-    WidenPlace widen;
-    int units = 0;   // in the ring
-    int newest = 0;  // the place of the next unit in it
-    int oldest = 0;
-    bool oldest_is_values = false;
+// A warp that widens its quarter of every tile. It holds the rows of a tile in registers, so that their place is free for
+// others while it waits for one among the tiles. Consumers fence what they read, as they do for tiles that come by
+// themselves.
+struct Widener {
+    static constexpr int kRowsOfWarp = kTileTokens / kWidenWarps;
+    static constexpr int kPasses = kRowsOfWarp / WidenPlace::kRowsPerPass;
+    static_assert(kRowsOfWarp % 8 == 0 && kRowsOfWarp % WidenPlace::kRowsPerPass == 0, "whole passes, see WidenPlace");
+    using Raw = u32[kPasses][4];
+    const WorkParams& p;
+    Shared& s;
+    WidenPlace place;
+    Ring<kRawStages> raw;
+    Ring<kKeyStages> keys;
+    Ring<kValueStages> values;
 
-    __device__ __forceinline__ Float8Producer(const WorkParams& p, Shared& s)
-        : Producer(p, s), widen(part * kWarpTokens, lane) {
-        wide_keys.advance(tile);
-    }
+    __device__ __forceinline__ Widener(const WorkParams& p, Shared& s)
+        : p(p), s(s),
+          place((threadIdx.x / kWarpSize - kConsumerWarps - kProducerWarps) * kRowsOfWarp, threadIdx.x % kWarpSize) {}
 
     __device__ __forceinline__ void run() {
-        int turn = 0, first = 0;  // see Producer
         for (int index = blockIdx.x; index >= 0;) {
-            const WorkItem item = p.items[index];
-            if (item.tokens > 0) {
-                // Consumers may still be at the item before the last, and want units of it.
-                while (!queries_free(turn)) {
-                    if (units > 0) widen_oldest();
-                }
-                load_queries(item, turn % 2, turn / 2 % 2);
-                load_tiles(item, first);
-                first += ceil_div(item.tokens, kTileTokens);
-                ++turn;
-            }
-            index = item.next;
-        }
-        while (units > 0) widen_oldest();
-    }
-
-    __device__ __forceinline__ void load_tiles(const WorkItem& item, int first) {
-        choose_head(item.kv_head);
-        SegmentStream segments(p, item, lane);
-        Places places;
+            const int tiles = ceil_div(p.items[index].tokens, kTileTokens);
+            index = p.items[index].next;
 #pragma unroll 1
-        for (int begin = (tile - first) * kTileTokens; begin < item.tokens; begin += kTilesAtATime * kTileTokens) {
-#pragma unroll 1
-            for (int unit = 0; unit < 2; ++unit) {  // keys, then values
-                if (units == kRawUnits) widen_oldest();
-                if (unit == 0) {
-                    places = find(segments, begin, item.tokens);
-                    note(places, item.num_requests * p.group);
-                }
-                copy(places, raw(newest), unit == 0 ? k : v, unit == 0 ? k_stride : v_stride);
-                commit_copies();
-                newest = newest + 1 == kRawUnits ? 0 : newest + 1;
-                ++units;
-            }
-            tile += kTilesAtATime;
-            keys.advance(kTilesAtATime);
+            for (int tile = 0; tile < tiles; ++tile) widen_tile();
         }
     }
-    __device__ __forceinline__ u32 raw(int place) const { return shared_address(s.raw[warp][place]); }
 
-    // Whether the place of this item's queries is free; for the whole warp.
-    __device__ __forceinline__ bool queries_free(int turn) const {
-        return __all_sync(0xffffffffu, barrier_test(s.q_empty[turn % 2], turn / 2 % 2 ^ 1));
+    __device__ __forceinline__ void widen_tile() {
+        Raw k, v;
+        take(k, shared_address(s.raw_k[raw.stage]), s.raw_k_full[raw.stage], s.raw_k_empty[raw.stage]);
+        take(v, shared_address(s.raw_v[raw.stage]), s.raw_v_full[raw.stage], s.raw_v_empty[raw.stage]);
+        barrier_wait(s.k_empty[keys.stage], keys.parity ^ 1);
+        store<Element>(k, shared_address(s.k[keys.stage]), s.k_full[keys.stage]);
+        barrier_wait(s.v_empty[values.stage], values.parity ^ 1);
+        store<ValueElement>(v, shared_address(s.v[values.stage]), s.v_full[values.stage]);
+        raw.advance(1);
+        keys.advance(1);
+        values.advance(1);
     }
-
-    // Waits for the oldest unit and for its place in the tiles, and hands it on. Consumers fence what they read, as they
-    // do for tiles that come by themselves: a fence here would wait for the copies.
-    __device__ __forceinline__ void widen_oldest() {
-        const bool is_values = oldest_is_values;
-        wait_copies<kRawUnits - 1>(units - 1);
-        __syncwarp();  // lanes read what others copied
-        if (is_values) {
-            barrier_wait(s.v_empty[values.stage], values.parity ^ 1);
-            widen_rows<ValueElement>(raw(oldest), shared_address(s.v[values.stage]));
-        } else {
-            barrier_wait(s.k_empty[wide_keys.stage], wide_keys.parity ^ 1);
-            widen_rows<Element>(raw(oldest), shared_address(s.k[wide_keys.stage]));
-        }
-        __syncwarp();  // all lanes have read and written their rows; with keys, the tile's view is written too
-        if (lane == 0) barrier_arrive(is_values ? s.v_full[values.stage] : s.k_full[wide_keys.stage]);
-        if (is_values) {
-            values.advance(kTilesAtATime);
-        } else {
-            wide_keys.advance(kTilesAtATime);
-        }
-        oldest_is_values = !is_values;
-        oldest = oldest + 1 == kRawUnits ? 0 : oldest + 1;
-        --units;
+    // Reads this warp's rows when they have come, and frees their place.
+    __device__ __forceinline__ void take(Raw& words, u32 rows, Barrier& full, Barrier& empty) const {
+        barrier_wait(full, raw.parity);
+#pragma unroll
+        for (int pass = 0; pass < kPasses; ++pass) load_shared(words[pass], rows + place.raw_offset(pass));
+        arrive(empty);
     }
     template <typename To>
-    __device__ __forceinline__ void widen_rows(u32 rows, u32 tile) const {
-#pragma unroll 1
-        for (int done = 0; done < kPasses; done += kBatch) {
-            u32 words[kBatch][4];
+    __device__ __forceinline__ void store(const Raw& words, u32 tile, Barrier& full) const {
 #pragma unroll
-            for (int pass = 0; pass < kBatch; ++pass) load_shared(words[pass], rows + widen.from + widen.raw_offset(pass));
-#pragma unroll
-            for (int pass = 0; pass < kBatch; ++pass) {
-                const u32 to = tile + widen.tile_offset(pass);
-                store_widened<To>(to, to ^ 16, words[pass]);
-            }
-            rows += widen.raw_offset(kBatch);
-            tile += kBatch * CopyPlace::kRowsPerPass * kPanelRowBytes;
+        for (int pass = 0; pass < kPasses; ++pass) {
+            const u32 to = tile + place.tile_offset(pass);
+            store_widened<To>(to, to ^ 16, words[pass]);
         }
+        arrive(full);
+    }
+    // The warp's sign that it is done with a place.
+    static __device__ __forceinline__ void arrive(Barrier& barrier) {
+        __syncwarp();
+        if (threadIdx.x % kWarpSize == 0) barrier_arrive(barrier);
     }
 };

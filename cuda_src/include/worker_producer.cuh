@@ -53,39 +53,53 @@ struct SegmentStream {
 
 constexpr int kCopyChunks = kHeadDim * int(sizeof(KVBits)) / 16;  // of 16 bytes, in a row of K or V
 
-#if defined(FT_KV_ELEMENT)
-// Where a lane writes when a warp copies float8 rows of kCopyChunks chunks of 16 bytes, 512 bytes a pass. In rows of 128
-// bytes the odd ones have their halves exchanged, see Float8Producer.
-struct CopyPlace {
-    static constexpr int kRowsPerPass = kWarpSize / kCopyChunks;
-    u32 lane_offset;
+// A thread arrives when its copies are there; for what warps store beside the keys, they arrive once more.
+constexpr int kKeyArrivals = kTileWarps * (kWarpSize + 1), kValueArrivals = kTileWarps * kWarpSize;
 
-    __device__ __forceinline__ CopyPlace(int, int lane) : lane_offset(offset(lane / kCopyChunks, lane % kCopyChunks)) {}
-
-    static __device__ __forceinline__ u32 offset(int row, int chunk) {
-        return row * kHeadDim + (chunk ^ (kCopyChunks == 8 ? row % 2 * 4 : 0)) * 16;
-    }
-    __device__ __forceinline__ u32 offset(int pass) const { return lane_offset + pass * kWarpSize * 16; }
+// A place in a ring: its rows, and the barriers of its phase.
+struct Slot {
+    u32 rows;
+    Barrier& full;
+    Barrier& empty;
+    int parity;  // of `empty`, once the place is free
 };
-constexpr int kCopyRowBytes = kHeadDim;
-#else
-using CopyPlace = PanelPlace<kTileTokens, kChunks>;
-constexpr int kCopyRowBytes = kPanelRowBytes;
-#endif
+
+// The rings that producer warps gather 16-bit tiles into: those that consumers read.
+struct TileRings {
+    using Place = PanelPlace<kTileTokens, kChunks>;
+    static constexpr int kRowBytes = kPanelRowBytes;
+    Shared& s;
+    Ring<kKeyStages> keys;
+    Ring<kValueStages> values;
+
+    static __device__ __forceinline__ void init(Shared& s) {
+        barrier_init(s.k_full, kKeyArrivals);
+        barrier_init(s.v_full, kValueArrivals);
+    }
+    __device__ __forceinline__ Slot key_slot() const {
+        return {shared_address(s.k[keys.stage]), s.k_full[keys.stage], s.k_empty[keys.stage], keys.parity ^ 1};
+    }
+    __device__ __forceinline__ Slot value_slot() const {
+        return {shared_address(s.v[values.stage]), s.v_full[values.stage], s.v_empty[values.stage], values.parity ^ 1};
+    }
+    __device__ __forceinline__ int view() const { return keys.view(); }
+    __device__ __forceinline__ void advance(int by) {
+        keys.advance(by);
+        values.advance(by);
+    }
+};
 
 // A warp that gathers its part of tiles, and of every item's queries. The places of a tile of 64 tokens take longer to
 // find than its copies to start: so each warp is at another tile. Larger ones come sooner when all warps start copies.
+template <typename Rings>
 struct Producer {
-    using Place = CopyPlace;
-    // A thread arrives when its copies are there; for what warps store beside the keys, they arrive once more.
-    static constexpr int kKeyArrivals = kTileWarps * (kWarpSize + 1), kValueArrivals = kTileWarps * kWarpSize;
+    using Place = typename Rings::Place;
     const WorkParams& p;
     Shared& s;
     int warp, lane;
     int part;  // of a tile
-    Ring<kKeyStages> keys;  // the places of this warp's next tile
-    Ring<kValueStages> values;
-    int tile;               // its number among all that the worker has
+    Rings rings;  // at the places of this warp's next tile
+    int tile;     // its number among all that the worker has
     Place place;
     i64 k, v;  // addresses of this lane's chunk of row 0, for the item's KV head
     int k_stride, v_stride;  // bytes
@@ -100,10 +114,9 @@ struct Producer {
 
     __device__ __forceinline__ Producer(const WorkParams& p, Shared& s)
         : p(p), s(s), warp(threadIdx.x / kWarpSize - kConsumerWarps), lane(threadIdx.x % kWarpSize),
-          part(warp % kTileWarps), tile(warp / kTileWarps), place(part * kWarpTokens, lane),
+          part(warp % kTileWarps), rings{s}, tile(warp / kTileWarps), place(part * kWarpTokens, lane),
           k_stride(int(p.k_stride_token) * int(sizeof(KVBits))), v_stride(int(p.v_stride_token) * int(sizeof(KVBits))) {
-        keys.advance(tile);
-        values.advance(tile);
+        rings.advance(tile);
     }
 
     __device__ __forceinline__ void run() {
@@ -146,18 +159,18 @@ struct Producer {
 #pragma unroll 1
         for (int begin = (tile - first) * kTileTokens; begin < item.tokens; begin += kTilesAtATime * kTileTokens) {
             const Places places = find(segments, begin, item.tokens);
-            barrier_wait(s.k_empty[keys.stage], keys.parity ^ 1);
+            const Slot keys = rings.key_slot(), values = rings.value_slot();
+            barrier_wait(keys.empty, keys.parity);
             note(places, item.num_requests * p.group);
-            copy(places, shared_address(s.k[keys.stage]), k, k_stride);
+            copy(places, keys.rows, k, k_stride);
             __syncwarp();  // the tile's view is written
-            arrive_after_copies(shared_address(&s.k_full[keys.stage]));
-            if (lane == 0) barrier_arrive(s.k_full[keys.stage]);
-            barrier_wait(s.v_empty[values.stage], values.parity ^ 1);
-            copy(places, shared_address(s.v[values.stage]), v, v_stride);
-            arrive_after_copies(shared_address(&s.v_full[values.stage]));
+            arrive_after_copies(shared_address(&keys.full));
+            if (lane == 0) barrier_arrive(keys.full);
+            barrier_wait(values.empty, values.parity);
+            copy(places, values.rows, v, v_stride);
+            arrive_after_copies(shared_address(&values.full));
             tile += kTilesAtATime;
-            keys.advance(kTilesAtATime);
-            values.advance(kTilesAtATime);
+            rings.advance(kTilesAtATime);
         }
     }
 
@@ -231,35 +244,35 @@ struct Producer {
             seen_by |= some << (i * kWarpSize + lane) / kChunkTokens * 8;
             const int first_whole = ceil_div(begin, kChunkRows);
             whole &= count > 0 ? (1u << max(end / kChunkRows, first_whole)) - (1u << first_whole) : 0;
-            s.visible[keys.view()][part * kWarpTokens + i * kWarpSize + lane] = u16(places.visible[i]);
+            s.visible[rings.view()][part * kWarpTokens + i * kWarpSize + lane] = u16(places.visible[i]);
         }
         seen_by = __reduce_or_sync(0xffffffffu, seen_by);
         whole = __reduce_and_sync(0xffffffffu, whole);
-        TileView& view = s.view[keys.view()];
+        TileView& view = s.view[rings.view()];
         constexpr int kPartChunks = kWarpTokens / kChunkTokens;
         if (lane < kPartChunks) view.seen_by[part * kPartChunks + lane] = (unsigned char)(seen_by >> lane * 8);
         if (lane == 0) view.whole[part] = (unsigned char)whole;
     }
 
     // Starts the copies of this warp's part, 32 tokens at a time: more code would not stay in the instruction cache.
-    __device__ __forceinline__ void copy(Places places, u32 to, i64 base, int stride) const {
+    __device__ __forceinline__ void copy(Places places, u32 rows, i64 base, int stride) const {
         constexpr int kPasses = kWarpSize / Place::kRowsPerPass;
         const i64 step = i64(stride) * Place::kRowsPerPass;
         i64 from = row_address(base, places.run + lane / kCopyChunks, stride);
 #pragma unroll 1
-        for (int first = 0; first < kWarpTokens; first += kWarpSize, to += kWarpSize * kCopyRowBytes) {
+        for (int first = 0; first < kWarpTokens; first += kWarpSize, rows += kWarpSize * Rings::kRowBytes) {
             if (places.run >= 0) {
 #pragma unroll
                 for (int pass = 0; pass < kPasses; ++pass, from += step) {
-                    ::copy_async_16(to + place.offset(pass), reinterpret_cast<const void*>(from));
+                    ::copy_async_16(rows + place.offset(pass), reinterpret_cast<const void*>(from));
                 }
             } else {
 #pragma unroll
                 for (int pass = 0; pass < kPasses; ++pass) {
                     const int token = pass * Place::kRowsPerPass + lane / kCopyChunks;
                     const int row = __shfl_sync(0xffffffffu, places.row[0], token);
-                    copy_async_16(to + place.offset(pass), reinterpret_cast<const void*>(row_address(base, row, stride)),
-                                  first + token < places.count);
+                    const i64 own = row_address(base, row, stride);
+                    copy_async_16(rows + place.offset(pass), reinterpret_cast<const void*>(own), first + token < places.count);
                 }
 #pragma unroll
                 for (int i = 1; i < kLaneTokens; ++i) places.row[i - 1] = places.row[i];

@@ -43,14 +43,17 @@ WORKER_COMPUTE_CAPABILITY = 90
 WORKER_STAGES = {(64, 1): (8, 8), (128, 1): (6, 4), (64, 2): (5, 4), (128, 2): (3, 2)}
 """Head dim, row groups -> tiles in the rings of keys and values of ``tree_decode_sm90``: what the shared memory of a
 multiprocessor holds."""
-WORKER_FLOAT8_STAGES = {(64, 1): (8, 8, 4), (128, 1): (2, 4, 4), (64, 2): (4, 4, 4), (128, 2): (2, 2, 2)}
-"""The same where K and V are float8, and the units under way in the ring of each producer warp: a unit is the part
-of a tile's keys or values that the warp gathers, 32 tokens."""
+WORKER_FLOAT8_STAGES = {(64, 1): (4, 8, 10), (128, 1): (2, 4, 4), (64, 2): (4, 8, 10), (128, 2): (2, 4, 4)}
+"""The same where K and V are float8, and the tiles in the rings of their rows as they come, keys and values."""
 WORKER_HEAD_DIMS = (64, 128)
 WORKER_ROW_GROUPS = (1, 2)
 WORKER_GROUP_ROWS = 64
 WORKER_TILE_TOKENS = {1: 64, 2: 128}
 """Row groups -> tokens of a tile: with two, longer chains of products and softmax take turns."""
+WORKER_FLOAT8_TILE_TOKENS = 64
+"""The same for either number where K and V are float8: it divides what plans are cut into."""
+WORKER_WARPS, WORKER_FLOAT8_WARPS = 12, 16
+"""Warps of a block of ``tree_decode_sm90``; float8 is widened by four more."""
 
 
 def block_warps(head_dim: int) -> tuple[int, int]:
@@ -168,8 +171,9 @@ class KernelConfig:
         if self.name == "tree_decode_sm90":
             keys, values, raw = worker_stages(self.head_dim, self.row_groups, self.kv_dtype is not None)
             if raw:
-                options["FT_RAW_UNITS"] = raw
-            options |= {"FT_ROW_GROUPS": self.row_groups, "FT_TILE_TOKENS": WORKER_TILE_TOKENS[self.row_groups]}
+                options["FT_RAW_STAGES"] = raw
+            tokens = worker_tile_tokens(self.row_groups, self.kv_dtype is not None)
+            options |= {"FT_ROW_GROUPS": self.row_groups, "FT_TILE_TOKENS": tokens}
             options |= {"FT_KEY_STAGES": keys, "FT_VALUE_STAGES": values}
         if self.shared_bytes:
             options["FT_SHARED_BYTES"] = self.shared_bytes
@@ -224,22 +228,29 @@ def tree_decode_config(
 
 
 def worker_stages(head_dim: int, row_groups: int, float8: bool) -> tuple[int, int, int]:
-    """Tiles in ``tree_decode_sm90``'s rings of keys and values, and units in each producer warp's of float8 rows."""
+    """Tiles in ``tree_decode_sm90``'s rings of keys, of values and of float8 rows."""
     if float8:
         return WORKER_FLOAT8_STAGES[head_dim, row_groups]
     return (*WORKER_STAGES[head_dim, row_groups], 0)
 
 
+def worker_tile_tokens(row_groups: int, float8: bool) -> int:
+    """Tokens of a tile of ``tree_decode_sm90``."""
+    return WORKER_FLOAT8_TILE_TOKENS if float8 else WORKER_TILE_TOKENS[row_groups]
+
+
 def worker_shared_bytes(head_dim: int, row_groups: int, float8: bool) -> int:
     """Size of struct Shared in ``cuda_src/include/worker.cuh``, which asserts the same number."""
     keys, values, raw = worker_stages(head_dim, row_groups, float8)
-    tokens = WORKER_TILE_TOKENS[row_groups]
-    rings = (keys + values) * tokens * head_dim * 2 + raw * 4 * 32 * head_dim  # four warps, 32 tokens a unit
+    tokens = worker_tile_tokens(row_groups, float8)
+    rings = (keys + values) * tokens * head_dim * 2 + raw * 2 * tokens * head_dim
     queries = 2 * row_groups * WORKER_GROUP_ROWS * head_dim * 2
     # The second token group's accumulators and softmax states; with two row groups there is none.
     exchange = WORKER_GROUP_ROWS * (head_dim * 4 + 8) if row_groups == 1 else 4 + 8
-    views = (4 if float8 else 2) * keys * (tokens // 8 + 2 * tokens)
-    barriers = (2 * (keys + values) + 4) * 8 + 2 * 4
+    # Views of whole laps of the ring of keys, see worker.cuh.
+    laps = -(-(keys + (raw + 1 if float8 else 0) + 2 // row_groups) // keys)
+    views = laps * keys * (tokens // 8 + 2 * tokens)
+    barriers = (2 * (keys + values) + 4 + 4 * raw) * 8 + 2 * 4
     return -(-(-(-(rings + queries + exchange) // 16) * 16 + views + barriers) // 1024) * 1024
 
 
@@ -247,7 +258,8 @@ def worker_config(
     dtype: str, head_dim: int, row_groups: int, soft_cap: bool, kv_dtype: str | None = None
 ) -> KernelConfig:
     """Configuration of ``tree_decode_sm90`` with this many row groups."""
-    return KernelConfig("tree_decode_sm90", dtype, head_dim, None, 12, 0, soft_cap, row_groups, kv_dtype)
+    warps = WORKER_WARPS if kv_dtype is None else WORKER_FLOAT8_WARPS
+    return KernelConfig("tree_decode_sm90", dtype, head_dim, None, warps, 0, soft_cap, row_groups, kv_dtype)
 
 
 def worker_problem(compute_capability: int, group: int, head_dim: int) -> str | None:
