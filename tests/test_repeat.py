@@ -16,6 +16,7 @@ import fasttree_cupy as ft
 from fasttree_cupy.execution import arrays, cuda, streams
 from fasttree_cupy.execution.arrays import address_of_alike
 from fasttree_cupy.execution.plan_memory import MemoryNeeds
+from fasttree_cupy.planning.machine import H200, H200_WORKERS, Constants
 from tests.test_serving import namespace, random_arrays
 
 LAYOUT = (8, 2, 64)
@@ -63,6 +64,7 @@ class FakeCuda:
         monkeypatch.setattr("fasttree_cupy.execution.plan_memory.upload", lambda made, _device: list(made))
         monkeypatch.setattr("fasttree_cupy.execution.plan_memory.clear", lambda _counters, _stream: None)
         monkeypatch.setattr("fasttree_cupy.plan.resolve_device", lambda _: "cuda:0")
+        monkeypatch.setattr("fasttree_cupy.plan.constants_of", lambda _: Constants(H200, H200_WORKERS))
 
     def __call__(self, grid: Any, block: Any, params: Any, shared_mem: int) -> None:
         """Launch as a RawKernel."""
