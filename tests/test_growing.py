@@ -100,13 +100,12 @@ def test_a_step_edits_a_number_a_request_and_a_number_a_tile_and_head() -> None:
     rows = np.arange(tree.unique_tokens, dtype=np.int32)
     growing_tree = GrowingTree(tree, rows, ft.Capacity(64, tree.unique_tokens + 640))
     plan = GrowingPlan(growing_tree, 4, 8, 128, 132, H200_WORKERS)
-    edits = np.empty(2 * growing_passes.MOST_EDITS, np.int32)
     tiles = 64 * 4 // (64 * plan.row_groups)
     for step in range(3):
         new = (tree.unique_tokens + 10 * np.arange(64) + step).astype(np.int32)[:, None]
         growing_tree.append(growing_tree.live, new)
         assert plan.append(growing_tree.live, new)
-        assert plan.write_edits(edits) == 8 * tiles + (64 if step else 4 * 64)
+        assert len(plan.edits) == 8 * tiles + (64 if step else 4 * 64)
 
 
 def test_drift_is_paid_for_and_ends_in_a_new_plan() -> None:

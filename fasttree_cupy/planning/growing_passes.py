@@ -16,12 +16,12 @@ __all__ = [
     "SLACK",
     "PlanState",
     "append",
+    "edits_made",
     "finish",
     "fork",
     "make_state",
     "spread",
     "used_segments",
-    "write_edits",
 ]
 
 Int32Array = npt.NDArray[np.int32]
@@ -44,10 +44,10 @@ class PlanState(NamedTuple):
     """Arrays of a plan.
 
     `edited` holds the number of the last change that edited an element of `packed`, `edits` the elements of this
-    change. Of each slot: tile, place in it, and of its last new segment, or -1, the index and the row that would
-    follow. Of each tile: first position in the order; of its segments the first, the end, how far it may go; tokens
-    gained. Of each unit, KV heads of a tile together: its first piece and their number. Of each piece: item and worker.
-    Of each worker: steps, last item. Numbers and costs: see below.
+    change and in the end their values. Of each slot: tile, place in it, and of its last new segment, or -1, the index
+    and the row that would follow. Of each tile: first position in the order; of its segments the first, the end, how
+    far it may go; tokens gained. Of each unit, KV heads of a tile together: its first piece and their number. Of each
+    piece: item and worker. Of each worker: steps, last item. Numbers and costs: see below.
     """
 
     packed: Int32Array
@@ -110,7 +110,7 @@ def make_state(
     return PlanState(
         packed=np.zeros(sizes[0], np.int32),
         edited=np.zeros(sizes[0], np.int32),
-        edits=np.empty(MOST_EDITS, np.int32),
+        edits=np.empty((MOST_EDITS, 2), np.int32),
         numbers=numbers,
         costs=np.array([0.0, 0.0, 0.0, *costs]),
         slots=np.full((requests, 4), -1, np.int32),
@@ -127,6 +127,11 @@ def used_segments(s: PlanState) -> int:
     return int(s.numbers[_USED_SEGMENTS])
 
 
+def edits_made(s: PlanState) -> Int32Array:
+    """Indices and values of the last change."""
+    return s.edits[: s.numbers[_EDITS]]
+
+
 @njit(cache=True, inline="always")
 def _put(packed: Int32Array, edited: Int32Array, edits: Int32Array, n: Int64Array, at: int, value: int) -> None:
     """Edit an element of `packed`. Of inner loops, hence inline and without `PlanState`: to pass it on costs 0.1 us."""
@@ -136,20 +141,14 @@ def _put(packed: Int32Array, edited: Int32Array, edits: Int32Array, n: Int64Arra
         if n[_EDITS] == len(edits):
             n[_FULL] = 1
         else:
-            edits[n[_EDITS]] = at
+            edits[n[_EDITS], 0] = at
             n[_EDITS] += 1
 
 
-@njit(cache=True)
-def write_edits(s: PlanState, to: Int32Array) -> int:
-    n = s.numbers
-    count = int(n[_EDITS])
-    for i in range(count):
-        to[2 * i] = s.edits[i]
-        to[2 * i + 1] = s.packed[s.edits[i]]
+@njit(cache=True, inline="always")
+def _begin_change(n: Int64Array) -> None:
     n[_EDITS] = 0
     n[_CHANGE] += 1
-    return count
 
 
 @njit(cache=True)
@@ -162,10 +161,10 @@ def spread(s: PlanState, items: Int32Array, segments: Int32Array, request_order:
     """Fill the arrays with what the planner made."""
     n = s.numbers
     for position in range(len(request_order)):
-        slot = s.slots[request_order[position]]
-        slot[_TILE], slot[_PLACE] = position // n[_REQUESTS], position % n[_REQUESTS]
-        slot[_SEGMENT], slot[_NEXT_ROW] = -1, -1
-        s.packed[n[_ORDER_AT] + position] = request_order[position]
+        slot = request_order[position]
+        s.slots[slot, _TILE], s.slots[slot, _PLACE] = position // n[_REQUESTS], position % n[_REQUESTS]
+        s.slots[slot, _SEGMENT], s.slots[slot, _NEXT_ROW] = -1, -1
+        s.packed[n[_ORDER_AT] + position] = slot
     n[_USED_POSITIONS] = len(request_order)
     n[_USED_TILES] = -(-len(request_order) // n[_REQUESTS])
     s.tiles[:, _GAINED] = 0
@@ -173,8 +172,8 @@ def spread(s: PlanState, items: Int32Array, segments: Int32Array, request_order:
     _spread_segments(s, segments)
     _weigh(s)
     s.costs[_BUSIEST], s.costs[_GROWN], s.costs[_LOST] = s.loads.max(), 0.0, 0.0
-    n[_EDITS], n[_FULL] = 0, 0
-    n[_CHANGE] += 1
+    n[_FULL] = 0
+    _begin_change(n)
 
 
 @njit(cache=True)
@@ -182,9 +181,9 @@ def _spread_items(s: PlanState, items: Int32Array, workers: int) -> None:
     """Copy the items; those that no worker begins with come after the empty ones of idle workers."""
     n = s.numbers
     moved = len(s.loads) - workers
-    for item in items:
-        unit = item[_FIRST_POSITION] // n[_REQUESTS] * n[_HEADS] + item[_KV_HEAD]
-        s.units[unit, 1] = item[_PIECES]
+    for item in range(len(items)):
+        unit = items[item, _FIRST_POSITION] // n[_REQUESTS] * n[_HEADS] + items[item, _KV_HEAD]
+        s.units[unit, 1] = items[item, _PIECES]
     n[_USED_PIECES] = 0
     for unit in range(n[_USED_TILES] * n[_HEADS]):
         s.units[unit, 0] = n[_USED_PIECES]
@@ -198,17 +197,17 @@ def _spread_items(s: PlanState, items: Int32Array, workers: int) -> None:
             continue
         index = worker
         while index >= 0:
-            item = items[index]
             to = index if index < workers else index + moved
             at = _item_at(n, to)
-            s.packed[at : at + _FIELDS] = item
-            if item[_NEXT] >= 0:
-                s.packed[at + _NEXT] += moved
-            unit = item[_FIRST_POSITION] // n[_REQUESTS] * n[_HEADS] + item[_KV_HEAD]
-            piece = s.units[unit, 0] + item[_PIECE]
+            for field in range(_FIELDS):
+                s.packed[at + field] = items[index, field]
+            unit = items[index, _FIRST_POSITION] // n[_REQUESTS] * n[_HEADS] + items[index, _KV_HEAD]
+            piece = s.units[unit, 0] + items[index, _PIECE]
             s.pieces[piece, _ITEM], s.pieces[piece, _WORKER] = to, worker
             s.tails[worker] = to
-            index = item[_NEXT]
+            index = items[index, _NEXT]
+            if index >= 0:
+                s.packed[at + _NEXT] += moved
     n[_USED_ITEMS] = len(items) + moved
 
 
@@ -230,10 +229,10 @@ def _spread_segments(s: PlanState, segments: Int32Array) -> None:
         tile[_FIRST] = index * n[_REQUESTS]
         tile[_BEGIN] = tile[_END] = free
         while tokens > 0:
-            segment = segments[first + tile[_END] - free]
-            at = n[_SEGMENTS_AT] + 4 * tile[_END]
-            s.packed[at : at + 4] = segment
-            tokens -= segment[1]
+            segment, at = first + tile[_END] - free, n[_SEGMENTS_AT] + 4 * tile[_END]
+            for column in range(4):
+                s.packed[at + column] = segments[segment, column]
+            tokens -= segments[segment, 1]
             tile[_END] += 1
         for unit in range(index * n[_HEADS], (index + 1) * n[_HEADS]):
             for piece in range(s.units[unit, 0], s.units[unit, 0] + s.units[unit, 1]):
@@ -262,15 +261,15 @@ def _weigh(s: PlanState) -> None:
     for tile in range(n[_USED_TILES]):
         tokens, steps = 0, 0.0
         for segment in range(s.tiles[tile, _BEGIN], s.tiles[tile, _END]):
-            _, count, first_row, end_row = s.packed[n[_SEGMENTS_AT] + 4 * segment : n[_SEGMENTS_AT] + 4 * segment + 4]
-            tokens += count
-            steps += count * _token_steps(s, first_row, end_row)
-        step_cost = steps * n[_STEP_TOKENS] / max(1, tokens)
+            at = n[_SEGMENTS_AT] + 4 * segment
+            tokens += s.packed[at + 1]
+            together = is_together(s.packed[at + 2], s.packed[at + 3], n[_ROW_GROUPS])
+            steps += s.packed[at + 1] * (1.0 if together else s.costs[_APART])
+        step_cost = steps / max(1, tokens)
         for unit in range(tile * n[_HEADS], (tile + 1) * n[_HEADS]):
             for piece in range(s.units[unit, 0], s.units[unit, 0] + s.units[unit, 1]):
-                item, worker = s.pieces[piece]
-                count = s.packed[_item_at(n, item) + _TOKENS]
-                s.loads[worker] += s.costs[_ITEM_STEPS] + step_cost * -(-count // n[_STEP_TOKENS])
+                count = s.packed[_item_at(n, s.pieces[piece, _ITEM]) + _TOKENS]
+                s.loads[s.pieces[piece, _WORKER]] += s.costs[_ITEM_STEPS] + step_cost * -(-count // n[_STEP_TOKENS])
 
 
 @njit(cache=True)
@@ -286,6 +285,7 @@ def _put_segment(s: PlanState, segment: int, row: int, tokens: int, first_row: i
 @njit(cache=True)
 def append(s: PlanState, slots: Int32Array, rows: Int32Array) -> bool:
     n = s.numbers
+    _begin_change(n)
     for i in range(len(slots)):
         slot = slots[i]
         tile = s.slots[slot, _TILE]
@@ -302,7 +302,7 @@ def append(s: PlanState, slots: Int32Array, rows: Int32Array) -> bool:
         if s.tiles[tile, _GAINED] > 0:
             _lengthen(s, tile, s.tiles[tile, _GAINED])
             s.tiles[tile, _GAINED] = 0
-    return _is_good_enough(s)
+    return _ends_well(s)
 
 
 @njit(cache=True)
@@ -323,16 +323,18 @@ def _lengthen(s: PlanState, tile: int, tokens: int) -> None:
     n = s.numbers
     steps = tokens * _token_steps(s, 0, n[_GROUP])
     for unit in range(tile * n[_HEADS], (tile + 1) * n[_HEADS]):
-        item, worker = s.pieces[s.units[unit, 0] + s.units[unit, 1] - 1]
-        at = _item_at(n, item) + _TOKENS
+        piece = s.units[unit, 0] + s.units[unit, 1] - 1
+        at = _item_at(n, s.pieces[piece, _ITEM]) + _TOKENS
         _put(s.packed, s.edited, s.edits, n, at, s.packed[at] + tokens)
-        s.loads[worker] += steps
+        s.loads[s.pieces[piece, _WORKER]] += steps
         s.costs[_GROWN] += steps
 
 
 @njit(cache=True)
-def _is_good_enough(s: PlanState) -> bool:
+def _ends_well(s: PlanState) -> bool:
     """Whether edits say all, and what has been lost since the plan was made is less than a new one costs."""
+    for i in range(s.numbers[_EDITS]):
+        s.edits[i, 1] = s.packed[s.edits[i, 0]]
     lost = s.loads.max() - s.costs[_BUSIEST] - s.costs[_GROWN] / len(s.loads)
     s.costs[_LOST] += RUNS_A_CHANGE * s.costs[_STEP_US] * max(0.0, lost)
     return bool(s.numbers[_FULL] == 0 and s.costs[_LOST] < s.costs[_PLAN_US])
@@ -340,10 +342,11 @@ def _is_good_enough(s: PlanState) -> bool:
 
 @njit(cache=True)
 def fork(s: PlanState, parents: Int32Array, slots: Int32Array) -> bool:
+    _begin_change(s.numbers)
     for i in range(len(parents)):
         if s.numbers[_USED_TILES] == len(s.tiles) or not _fork_one(s, parents[i], slots[i]):
             return False
-    return _is_good_enough(s)
+    return _ends_well(s)
 
 
 @njit(cache=True)
@@ -434,6 +437,7 @@ def _add_item(s: PlanState, head: int, tokens: int, slot: int) -> None:
 @njit(cache=True)
 def finish(s: PlanState, slots: Int32Array) -> bool:
     n = s.numbers
+    _begin_change(n)
     for slot in slots:  # its row is nobody's
         tile, place = s.slots[slot, _TILE], s.slots[slot, _PLACE]
         _put(s.packed, s.edited, s.edits, n, n[_ORDER_AT] + s.tiles[tile, _FIRST] + place, -1)
@@ -451,7 +455,7 @@ def finish(s: PlanState, slots: Int32Array) -> bool:
             else:
                 begin += count
         s.slots[slot] = -1
-    return _is_good_enough(s)
+    return _ends_well(s)
 
 
 @njit(cache=True)
