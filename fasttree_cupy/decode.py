@@ -150,7 +150,7 @@ def fasttree_decode(
     with streams.use_device(device[1]) if device[0] == "cuda" else nullcontext():
         work = None
         if device[0] == "cuda":
-            work = streams.WorkStream(streams.stream_handle(stream, arrays.framework_of(q), device[1]), device[1])
+            work = streams.work_stream(stream, arrays.framework_of(q), device[1])
         inputs = {"q": q, "k_buffer": k_buffer, "v_buffer": v_buffer}
         views = {name: arrays.view(name, array, work) for name, array in inputs.items()}
         views |= {name: arrays.view(name, array) for name, array in metadata.items()}

@@ -47,7 +47,7 @@ def merge_states(o_a: Any, lse_a: Any, o_b: Any, lse_b: Any, *, stream: Any = No
     with nullcontext() if kind == "cpu" else streams.use_device(index):
         work = None
         if kind == "cuda":
-            work = streams.WorkStream(streams.stream_handle(stream, arrays.framework_of(o_a), index), index)
+            work = streams.work_stream(stream, arrays.framework_of(o_a), index)
         given = {"o_a": o_a, "o_b": o_b, "lse_a": lse_a, "lse_b": lse_b}
         views = {name: arrays.view(name, array, work) for name, array in given.items()}
         check_states(views)

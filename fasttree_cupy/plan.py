@@ -287,7 +287,7 @@ class DecodePlan:
                 framework = arrays.framework_of(q)
                 if self._growth is not None:
                     self._growth.framework = framework
-                work = streams.WorkStream(streams.stream_handle(stream, framework, index), index)
+                work = streams.work_stream(stream, framework, index)
             q_view, k_view, v_view = arrays.view("q", q, work), arrays.view("k", k, work), arrays.view("v", v, work)
             self._check(q_view, k_view, v_view)
             k_factor = checked_scale("k_scale", k_scale, k_view, work)

@@ -23,7 +23,7 @@ class GrowingSchedule(BalancedSchedule):
         self.plan = plan
         self.row_groups, self.workers, self.num_segments = plan.row_groups, plan.workers, plan.sizes.segments
         mid_shape = (plan.sizes.partials, plan.row_groups * WORKER_GROUP_ROWS, head_dim)
-        self.needs = MemoryNeeds((plan.packed,), mid_shape, device, plan.sizes.counters)
+        self.needs = MemoryNeeds((plan.packed,), mid_shape, device, plan.sizes.counters, lambda: plan.used)
         self._edits = Edits()
 
     def __str__(self) -> str:

@@ -23,6 +23,7 @@ __all__ = [
     "use_device",
     "use_stream",
     "wait_for",
+    "work_stream",
 ]
 
 DEFAULT_STREAM = 0
@@ -92,6 +93,13 @@ class WorkStream:
 
     A look at a current stream costs about a microsecond: one a framework and call is enough.
 
+    Parameters
+    ----------
+    handle, device : int
+        See below.
+    current_of : str, optional
+        Framework whose current stream this is.
+
     Attributes
     ----------
     handle : int
@@ -104,11 +112,11 @@ class WorkStream:
 
     __slots__ = ("_capturing", "_current", "_followed", "_mark", "device", "handle", "is_default")
 
-    def __init__(self, handle: int, device: int) -> None:
+    def __init__(self, handle: int, device: int, current_of: str | None = None) -> None:
         self.handle = handle
         self.device = device
         self.is_default = handle <= 1
-        self._current: dict[str, int] = {}
+        self._current: dict[str, int] = {} if current_of is None else {current_of: handle}
         self._followed: set[str] = set()
         self._capturing: bool | None = None
         self._mark: Any = None
@@ -174,6 +182,12 @@ class WorkStream:
 
     def _reused_in_order(self, framework: str) -> bool:
         return framework in ("torch", "cupy") and self.current(framework) == self.handle
+
+
+def work_stream(stream: Any, framework: str, device_index: int) -> WorkStream:
+    """The stream that a call works on; parameters and errors as of `stream_handle`."""
+    handle = stream_handle(stream, framework, device_index)
+    return WorkStream(handle, device_index, framework if stream is None else None)
 
 
 _in_use: deque[tuple[Any, tuple[object, ...]]] = deque()

@@ -298,10 +298,7 @@ def append(s: PlanState, slots: Int32Array, rows: Int32Array) -> bool:
                 at = _begin_segment(s, slot, rows[i, j]) + 1
             _put(s.packed, s.edited, s.edits, n, at, s.packed[at] + 1)
             s.slots[slot, _NEXT_ROW] = rows[i, j] + 1
-    for tile in range(n[_USED_TILES]):
-        if s.tiles[tile, _GAINED] > 0:
-            _lengthen(s, tile, s.tiles[tile, _GAINED])
-            s.tiles[tile, _GAINED] = 0
+    _lengthen(s)
     return _ends_well(s)
 
 
@@ -318,16 +315,21 @@ def _begin_segment(s: PlanState, slot: int, row: int) -> int:
 
 
 @njit(cache=True)
-def _lengthen(s: PlanState, tile: int, tokens: int) -> None:
-    """Add tokens, seen by a request each, to the last piece of each of the tile's units."""
+def _lengthen(s: PlanState) -> None:
+    """Add the tokens that tiles gained, seen by a request each, to the last piece of each of their units."""
     n = s.numbers
-    steps = tokens * _token_steps(s, 0, n[_GROUP])
-    for unit in range(tile * n[_HEADS], (tile + 1) * n[_HEADS]):
-        piece = s.units[unit, 0] + s.units[unit, 1] - 1
-        at = _item_at(n, s.pieces[piece, _ITEM]) + _TOKENS
-        _put(s.packed, s.edited, s.edits, n, at, s.packed[at] + tokens)
-        s.loads[s.pieces[piece, _WORKER]] += steps
-        s.costs[_GROWN] += steps
+    token_steps = _token_steps(s, 0, n[_GROUP])
+    for tile in range(n[_USED_TILES]):
+        gained = s.tiles[tile, _GAINED]
+        if gained == 0:
+            continue
+        s.tiles[tile, _GAINED] = 0
+        s.costs[_GROWN] += gained * token_steps * n[_HEADS]
+        for unit in range(tile * n[_HEADS], (tile + 1) * n[_HEADS]):
+            piece = s.units[unit, 0] + s.units[unit, 1] - 1
+            at = _item_at(n, s.pieces[piece, _ITEM]) + _TOKENS
+            _put(s.packed, s.edited, s.edits, n, at, s.packed[at] + gained)
+            s.loads[s.pieces[piece, _WORKER]] += gained * token_steps
 
 
 @njit(cache=True)
