@@ -40,7 +40,7 @@ def upload(arrays: Sequence[npt.NDArray[np.int32]], device: int, used: int | Non
 
     packed, starts = pack(arrays) if len(arrays) > 1 else (arrays[0].reshape(-1), [0])
     with cupy.cuda.Device(device):
-        buffer, stream = cupy.empty(packed.size, np.int32), cupy.cuda.get_current_stream()
+        buffer, stream = cupy.zeros(packed.size, np.int32), cupy.cuda.get_current_stream()
         if packed[:used].size:
             buffer[:used].set(packed[:used], stream)
         stream.synchronize()

@@ -9,8 +9,10 @@ All arrays lie in one, of a fixed size and layout: items, order of requests, seg
   take.
 - A finished request's row of its tile is no request's any more, and segments that no other row sees become empty.
 
-So the plan drifts from what the planner would make. What that costs is summed up; when the sum exceeds what a new plan
-costs, or where there is no room left, the tree is planned anew into the same arrays.
+So the plan drifts from what the planner would make. What that costs is summed up; when the sum exceeds what it costs to
+move the cuts between the pieces of tiles, these are moved, so that workers have equally much to do again. Where that does
+not help, and the sum exceeds what a new plan costs, or where there is no room left, the tree is planned anew into the
+same arrays.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ ALIGNMENT = 32
 """Elements: each array starts at a multiple of 128 bytes, a full memory transaction on every GPU."""
 PLAN_US = 380.0
 """Host time of a new plan, in microseconds: that of the planner, and of copying it (bench/results/growth_h200.json)."""
+CUT_US = 60.0
+"""Host time of moving the cuts between pieces, in microseconds: an estimate, a fifth of a new plan's."""
 _INT32_MAX = 2**31 - 1
 
 
@@ -153,7 +157,7 @@ class GrowingPlan:
             self.sizes.tiles,
             workers,
             (group, num_kv_heads, requests, STEP_TOKENS[self.row_groups], self.row_groups),
-            (step_us, rates.item / step_us, rates.apart_step / rates.step, PLAN_US),
+            (step_us, rates.item / step_us, rates.apart_step / rates.step, PLAN_US, CUT_US),
         )
         self.packed = self._state.packed
         self._spread()

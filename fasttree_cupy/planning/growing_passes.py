@@ -34,8 +34,10 @@ SLACK = 32
 """New segments of each request between two plans."""
 JOINED_RUNS = 8
 """Segments of a forked request among which one is looked for that ends where the next begins."""
-MOST_EDITS = 4096
+MOST_EDITS = 8192
 """Elements that one change may edit; more are planned anew."""
+WHOLE_STEPS = 1.0
+"""Steps that a worker may have too many because cuts are made at whole steps: a new plan would not do better."""
 RUNS_A_CHANGE = 32
 """Runs that a change is taken to be followed by: one a layer of the model."""
 
@@ -69,9 +71,11 @@ _NUMBERS = range(16)
     _CHANGE, _EDITS, _FULL, _USED_TILES, _USED_ITEMS, _USED_PIECES, _USED_POSITIONS, _USED_SEGMENTS,
 ) = _NUMBERS  # fmt: skip
 """Requests of a tile and other constants; the number of this change, its edits, and whether they are too many."""
-_BUSIEST, _GROWN, _LOST, _STEP_US, _ITEM_STEPS, _APART, _PLAN_US = range(7)
+_BUSIEST, _GROWN, _LOST, _EVEN, _UNEVEN, _STEP_US, _ITEM_STEPS, _APART, _PLAN_US, _CUT_US = range(10)
 """Steps of the busiest worker when planned; steps that have come since, wherever; microseconds lost since.
 
+Of the last cuts: steps by which the busiest worker had too many after them; microseconds lost since to more than these.
+What is lost to the former counts as lost since the plan was made.
 Steps are counted as of tokens that most rows see; one of tokens that few see counts `_APART`.
 """
 _TILE, _PLACE, _SEGMENT, _NEXT_ROW = range(4)
@@ -90,7 +94,7 @@ def make_state(
     tiles: int,
     workers: int,
     tile: tuple[int, int, int, int, int],
-    costs: tuple[float, float, float, float],
+    costs: tuple[float, float, float, float, float],
 ) -> PlanState:
     """Arrays for a plan.
 
@@ -102,8 +106,9 @@ def make_state(
         Slots, tiles and workers, at most.
     tile : 5 int
         Query heads a KV head, KV heads, requests of a tile, tokens of a step, row groups.
-    costs : 4 float
-        Microseconds of a step, steps of an item and of a step of tokens that few rows see, microseconds of a new plan.
+    costs : 5 float
+        Microseconds of a step, steps of an item and of a step of tokens that few rows see, microseconds of a new plan
+        and of new cuts.
     """
     numbers = np.zeros(len(_NUMBERS), np.int64)
     numbers[:_CHANGE] = (*tile, *sizes[1:])
@@ -112,7 +117,7 @@ def make_state(
         edited=np.zeros(sizes[0], np.int32),
         edits=np.empty((MOST_EDITS, 2), np.int32),
         numbers=numbers,
-        costs=np.array([0.0, 0.0, 0.0, *costs]),
+        costs=np.array([0.0, 0.0, 0.0, 0.0, 0.0, *costs]),
         slots=np.full((requests, 4), -1, np.int32),
         tiles=np.zeros((tiles, 5), np.int32),
         units=np.zeros((tiles * tile[1], 2), np.int32),
@@ -171,7 +176,8 @@ def spread(s: PlanState, items: Int32Array, segments: Int32Array, request_order:
     _spread_items(s, items, workers)
     _spread_segments(s, segments)
     _weigh(s)
-    s.costs[_BUSIEST], s.costs[_GROWN], s.costs[_LOST] = s.loads.max(), 0.0, 0.0
+    s.costs[:_STEP_US] = 0.0
+    s.costs[_BUSIEST] = s.loads.max()
     n[_FULL] = 0
     _begin_change(n)
 
@@ -285,6 +291,7 @@ def _put_segment(s: PlanState, segment: int, row: int, tokens: int, first_row: i
 @njit(cache=True)
 def append(s: PlanState, slots: Int32Array, rows: Int32Array) -> bool:
     n = s.numbers
+    packed, edited, edits = s.packed, s.edited, s.edits
     _begin_change(n)
     for i in range(len(slots)):
         slot = slots[i]
@@ -292,26 +299,22 @@ def append(s: PlanState, slots: Int32Array, rows: Int32Array) -> bool:
         s.tiles[tile, _GAINED] += rows.shape[1]
         at = n[_SEGMENTS_AT] + 4 * s.slots[slot, _SEGMENT] + 1
         for j in range(rows.shape[1]):
-            if s.slots[slot, _SEGMENT] < 0 or s.slots[slot, _NEXT_ROW] != rows[i, j]:
-                if s.tiles[tile, _END] == s.tiles[tile, _LIMIT]:
+            if s.slots[slot, _SEGMENT] < 0 or s.slots[slot, _NEXT_ROW] != rows[i, j]:  # a new segment
+                segment = s.tiles[tile, _END]
+                if segment == s.tiles[tile, _LIMIT]:
                     return False
-                at = _begin_segment(s, slot, rows[i, j]) + 1
-            _put(s.packed, s.edited, s.edits, n, at, s.packed[at] + 1)
+                s.tiles[tile, _END] += 1
+                s.slots[slot, _SEGMENT] = segment
+                first_row = s.slots[slot, _PLACE] * n[_GROUP]
+                at = n[_SEGMENTS_AT] + 4 * segment + 1
+                _put(packed, edited, edits, n, at - 1, rows[i, j])
+                _put(packed, edited, edits, n, at, 0)
+                _put(packed, edited, edits, n, at + 1, first_row)
+                _put(packed, edited, edits, n, at + 2, first_row + n[_GROUP])
+            _put(packed, edited, edits, n, at, packed[at] + 1)
             s.slots[slot, _NEXT_ROW] = rows[i, j] + 1
     _lengthen(s)
     return _ends_well(s)
-
-
-@njit(cache=True)
-def _begin_segment(s: PlanState, slot: int, row: int) -> int:
-    """Begin a request's new segment, still without tokens, at the end of its tile's; returns its index in `packed`."""
-    n = s.numbers
-    tile = s.slots[slot, _TILE]
-    first_row = s.slots[slot, _PLACE] * n[_GROUP]
-    s.slots[slot, _SEGMENT] = s.tiles[tile, _END]
-    s.tiles[tile, _END] += 1
-    _put_segment(s, s.slots[slot, _SEGMENT], row, 0, first_row, first_row + n[_GROUP])
-    return int(n[_SEGMENTS_AT] + 4 * s.slots[slot, _SEGMENT])
 
 
 @njit(cache=True)
@@ -334,12 +337,73 @@ def _lengthen(s: PlanState) -> None:
 
 @njit(cache=True)
 def _ends_well(s: PlanState) -> bool:
-    """Whether edits say all, and what has been lost since the plan was made is less than a new one costs."""
+    """Whether edits say all, and what has been lost since the plan was made is less than a new one costs.
+
+    Where the tiles' last workers have too much to do, cuts between pieces are moved first: a cheaper way than planning.
+    """
+    run_us = RUNS_A_CHANGE * s.costs[_STEP_US]
+    s.costs[_UNEVEN] += run_us * max(0.0, _too_many(s) - s.costs[_EVEN])
+    if s.costs[_UNEVEN] >= s.costs[_CUT_US]:
+        for tile in range(s.numbers[_USED_TILES]):
+            _cut(s, tile)
+        s.costs[_EVEN], s.costs[_UNEVEN] = max(0.0, _too_many(s)), 0.0
+    s.costs[_LOST] += run_us * max(0.0, s.costs[_EVEN] - WHOLE_STEPS)
     for i in range(s.numbers[_EDITS]):
         s.edits[i, 1] = s.packed[s.edits[i, 0]]
-    lost = s.loads.max() - s.costs[_BUSIEST] - s.costs[_GROWN] / len(s.loads)
-    s.costs[_LOST] += RUNS_A_CHANGE * s.costs[_STEP_US] * max(0.0, lost)
-    return bool(s.numbers[_FULL] == 0 and s.costs[_LOST] < s.costs[_PLAN_US])
+    return bool(s.numbers[_FULL] == 0 and s.costs[_LOST] + s.costs[_UNEVEN] < s.costs[_PLAN_US])
+
+
+@njit(cache=True)
+def _too_many(s: PlanState) -> float:
+    """Steps that the busiest worker has more than when the plan was made, beyond what each would have."""
+    return float(s.loads.max() - s.costs[_BUSIEST] - s.costs[_GROWN] / len(s.loads))
+
+
+@njit(cache=True)
+def _cut(s: PlanState, tile: int) -> None:
+    """Cut a tile's units anew, at whole steps, so that the workers of each unit's pieces have equally much to do."""
+    n = s.numbers
+    first_segment = s.tiles[tile, _BEGIN]
+    ends = np.empty(s.tiles[tile, _END] - first_segment, np.int64)  # of the segments, in the tile's tokens
+    tokens, steps = 0, 0.0
+    for i in range(len(ends)):
+        at = n[_SEGMENTS_AT] + 4 * (first_segment + i)
+        tokens += s.packed[at + 1]
+        ends[i] = tokens
+        together = is_together(s.packed[at + 2], s.packed[at + 3], n[_ROW_GROUPS])
+        steps += s.packed[at + 1] * (1.0 if together else s.costs[_APART])
+    step_cost = steps / max(1, tokens)
+    last_cut = -1
+    for unit in range(tile * n[_HEADS], (tile + 1) * n[_HEADS]):
+        first, count = s.units[unit, 0], s.units[unit, 1]
+        if count == 1 or tokens < count * n[_STEP_TOKENS]:
+            continue
+        mean = 0.0
+        for piece in range(first, first + count):
+            mean += s.loads[s.pieces[piece, _WORKER]] / count
+        begin, end, exact = 0, 0, 0.0  # of the piece, in the tile's tokens
+        for i in range(count):
+            worker, at = s.pieces[first + i, _WORKER], _item_at(n, s.pieces[first + i, _ITEM])
+            exact += s.packed[at + _TOKENS] + (mean - s.loads[worker]) / step_cost * n[_STEP_TOKENS]
+            end = int(np.rint(exact / n[_STEP_TOKENS])) * n[_STEP_TOKENS]
+            end = max(begin + n[_STEP_TOKENS], min(end, tokens - (count - 1 - i) * n[_STEP_TOKENS]))
+            if i == count - 1:
+                end = tokens
+            s.loads[worker] += (end - begin - s.packed[at + _TOKENS]) * step_cost / n[_STEP_TOKENS]
+            _put(s.packed, s.edited, s.edits, n, at + _TOKENS, end - begin)
+            segment = first_segment + np.searchsorted(ends, begin, side="right")
+            source = n[_SEGMENTS_AT] + 4 * segment
+            left = ends[segment - first_segment] - begin
+            _put(s.packed, s.edited, s.edits, n, at + _NEXT_SEGMENT, segment + 1)
+            _put(s.packed, s.edited, s.edits, n, at + _KV_BEGIN, s.packed[source] + s.packed[source + 1] - left)
+            _put(s.packed, s.edited, s.edits, n, at + _KV_LEN, left)
+            _put(s.packed, s.edited, s.edits, n, at + _ROW_BEGIN, s.packed[source + 2])
+            _put(s.packed, s.edited, s.edits, n, at + _ROW_END, s.packed[source + 3])
+            last_cut = max(last_cut, segment)
+            begin = end
+    for slot in range(len(s.slots)):  # a segment can become longer only where no piece begins behind it or in it
+        if s.slots[slot, _TILE] == tile and s.slots[slot, _SEGMENT] <= last_cut:
+            s.slots[slot, _SEGMENT], s.slots[slot, _NEXT_ROW] = -1, -1
 
 
 @njit(cache=True)
