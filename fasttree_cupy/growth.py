@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numba import njit
 
 from fasttree_cupy.capacity import Capacity
 from fasttree_cupy.execution import cuda, streams
@@ -158,14 +159,15 @@ class Growth:
                 self._made = None
             return
         with streams.use_device(self._device):
-            work = streams.WorkStream(streams.stream_handle(stream, self.framework, self._device), self._device)
+            work = streams.WorkStream.of(stream, self.framework, self._device)
             if work.is_capturing:
                 raise ValueError("stream is being captured, expected changes of the tree between a graph's replays")
             with self._turns.lock:
                 self._turns.wait(work)
                 self._following.follow(change(), memory, work)
                 self._turns.end(work)
-            work.keep_borrowed((memory.workspace,) if memory.borrowed else (), memory, memory.home)
+            if memory.borrowed or memory.home != work.handle:
+                work.keep_borrowed((memory.workspace,) if memory.borrowed else (), memory, memory.home)
 
     def _slots(self, requests: Any, once: bool) -> Int32Array:
         """`requests` as int32, live slots; each named once if so asked."""
@@ -190,9 +192,17 @@ def checked_new_rows(rows: Any, num_requests: int) -> tuple[Int32Array, int]:
         )
     if array.dtype.kind not in "iu" and array.size:
         raise TypeError(f"rows is {array.dtype}, expected integers")
+    whole = np.ascontiguousarray(array, np.int32 if array.dtype == np.int32 else np.int64)
+    most = highest_row(whole.reshape(-1))
+    if most >= MOST_ROWS:
+        raise ValueError(f"rows goes from {array.min()} to {array.max()}, expected rows from 0 to {MOST_ROWS - 1}")
+    return whole.astype(np.int32, copy=False).reshape(num_requests, *array.shape[1:] or (1,)), most
+
+
+@njit(cache=True)
+def highest_row(rows: npt.NDArray[Any]) -> int:
+    """The highest of `rows`, -1 where there is none, `MOST_ROWS` where one is negative, as uint64 may have become."""
     most = -1
-    if array.size:
-        most = int(array.astype(np.int64, order="C").view(np.uint64).max())  # what is negative becomes too large
-        if most >= MOST_ROWS:
-            raise ValueError(f"rows goes from {array.min()} to {array.max()}, expected rows from 0 to {MOST_ROWS - 1}")
-    return np.ascontiguousarray(array.reshape(num_requests, *array.shape[1:] or (1,)), np.int32), most
+    for row in rows:
+        most = max(most, row if row >= 0 else MOST_ROWS)
+    return most

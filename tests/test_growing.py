@@ -68,7 +68,11 @@ class Growing:
             assert rows[tree.request_rows(request)].tolist() == self.model.paths[slot]
 
 
-@pytest.mark.parametrize("plan_us", [0.1, growing.PLAN_US, 1e9], ids=["often", "usual", "never"])
+@pytest.mark.parametrize(
+    ("plan_us", "cut_us"),
+    [(0.1, 1e9), (growing.PLAN_US, growing.CUT_US), (1e9, 1e9), (1e9, 0.1)],
+    ids=["planned", "usual", "edited", "cut"],
+)
 @hypothesis.settings(max_examples=20, deadline=None, derandomize=True, database=None)
 @hypothesis.given(
     changes=CHANGES,
@@ -86,8 +90,9 @@ def test_random_changes(
     row_groups: int,
     shuffle: bool,
     plan_us: float,
+    cut_us: float,
 ) -> None:
-    with mock.patch.object(growing, "PLAN_US", plan_us):
+    with mock.patch.object(growing, "PLAN_US", plan_us), mock.patch.object(growing, "CUT_US", cut_us):
         grown = Growing(tree, *layout, workers, row_groups, shuffle)
     grown.check()
     for kind, seed in changes:
@@ -100,27 +105,47 @@ def test_a_step_edits_a_number_a_request_and_a_number_a_tile_and_head() -> None:
     rows = np.arange(tree.unique_tokens, dtype=np.int32)
     growing_tree = GrowingTree(tree, rows, ft.Capacity(64, tree.unique_tokens + 640))
     plan = GrowingPlan(growing_tree, 4, 8, 128, 132, H200_WORKERS)
-    edits = np.empty(2 * growing_passes.MOST_EDITS, np.int32)
     tiles = 64 * 4 // (64 * plan.row_groups)
     for step in range(3):
         new = (tree.unique_tokens + 10 * np.arange(64) + step).astype(np.int32)[:, None]
         growing_tree.append(growing_tree.live, new)
         assert plan.append(growing_tree.live, new)
-        assert plan.write_edits(edits) == 8 * tiles + (64 if step else 4 * 64)
+        assert len(plan.edits) == 8 * tiles + (64 if step else 4 * 64)
 
 
-def test_drift_is_paid_for_and_ends_in_a_new_plan() -> None:
-    tree = ft.KVTree.from_levels([1, 16, 64], [1024, 256, 32])
+def append_a_token_a_step(tree: ft.KVTree, requests: int, steps: int) -> tuple[GrowingTree, GrowingPlan, list[int]]:
+    """A tree whose first requests have gained a token each step, and the steps in which it was planned anew."""
     rows = np.arange(tree.unique_tokens, dtype=np.int32)
-    growing_tree = GrowingTree(tree, rows, ft.Capacity(64, tree.unique_tokens + 64 * 64))
+    growing_tree = GrowingTree(tree, rows, ft.Capacity(tree.batch_size, tree.unique_tokens + requests * steps))
     plan = GrowingPlan(growing_tree, 4, 8, 128, 132, H200_WORKERS)
-    planned = []
-    for step in range(64):
-        new = (tree.unique_tokens + 64 * np.arange(64) + step).astype(np.int32)[:, None]
-        growing_tree.append(growing_tree.live, new)
-        if not plan.append(growing_tree.live, new):
+    device, planned, slots = Device(plan), [], np.arange(requests, dtype=np.int32)
+    for step in range(steps):
+        new = (tree.unique_tokens + steps * np.arange(requests) + step).astype(np.int32)[:, None]
+        growing_tree.append(slots, new)
+        fits = plan.append(slots, new)
+        device.follow(fits)
+        if not fits:
             planned.append(step)
-    assert 2 <= len(planned) <= 20
+    for attended in rows_attended(plan, device.packed, 4, 8, 128):
+        for slot, found in attended.items():
+            own = tree.unique_tokens + steps * slot + np.arange(steps if slot < requests else 0)
+            assert found == [*tree.request_rows(slot).tolist(), *own.tolist()]
+    return growing_tree, plan, planned
+
+
+def test_drift_is_cut_away() -> None:
+    """Without a new plan the busiest worker has no more to do than with one, but for what whole steps leave."""
+    growing_tree, plan, planned = append_a_token_a_step(ft.KVTree.from_levels([1, 16, 64], [1024, 256, 32]), 64, 100)
+    assert planned == []
+    growing_passes._weigh(plan._state)
+    anew = GrowingPlan(growing_tree, 4, 8, 128, 132, H200_WORKERS)
+    assert plan._state.loads.max() <= anew._state.loads.max() + 2
+
+
+def test_drift_that_no_cut_ends_is_paid_for_and_ends_in_a_new_plan() -> None:
+    """Tiles that are not cut, of which one alone grows."""
+    growing_tree, plan, planned = append_a_token_a_step(ft.KVTree.from_levels([1, 4, 256], [8, 256, 32]), 16, 128)
+    assert 1 <= len(planned) <= 20
     anew = GrowingPlan(growing_tree, 4, 8, 128, 132, H200_WORKERS).made.estimate_us
     assert plan.made.estimate_us <= anew <= 1.1 * plan.made.estimate_us
 

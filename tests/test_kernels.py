@@ -148,9 +148,8 @@ def test_a_variant_compiles_for_ampere_and_reports_its_resources() -> None:
         cuda.TREE_DECODE_PARAMS,
         cuda.WORK_PARAMS,
         cuda.MERGE_STATES_PARAMS,
-        EDIT_PLAN_PARAMS,
     ],
-    ids=["stage1", "stage2", "tree_decode", "work", "merge_states", "edit_plan"],
+    ids=["stage1", "stage2", "tree_decode", "work", "merge_states"],
 )
 def test_packed_parameters_are_those_of_numpy(fields: np.dtype[Any]) -> None:
     rng = np.random.default_rng(4)

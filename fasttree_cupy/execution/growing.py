@@ -23,8 +23,8 @@ class GrowingSchedule(BalancedSchedule):
         self.plan = plan
         self.row_groups, self.workers, self.num_segments = plan.row_groups, plan.workers, plan.sizes.segments
         mid_shape = (plan.sizes.partials, plan.row_groups * WORKER_GROUP_ROWS, head_dim)
-        self.needs = MemoryNeeds((plan.packed,), mid_shape, device, plan.sizes.counters)
-        self._edits = Edits(plan.most_edits)
+        self.needs = MemoryNeeds((plan.packed,), mid_shape, device, plan.sizes.counters, lambda: plan.used)
+        self._edits = Edits()
 
     def __str__(self) -> str:
         made = self.plan.made
@@ -41,7 +41,7 @@ class GrowingSchedule(BalancedSchedule):
     def follow(self, fits: bool, memory: PlanMemory, stream: WorkStream) -> None:
         """Queue the plan's last change: edits where these `fits`, else all of it, with counters of 0."""
         if fits:
-            self._edits.edit(memory.pointers[0], self.plan.write_edits, stream)
+            self._edits.edit(memory.pointers[0], self.plan.edits, stream)
         else:
             self._edits.replace(memory.pointers[0], self.plan.packed[: self.plan.used], stream)
             clear(memory.counters, stream)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -72,6 +72,8 @@ class MemoryNeeds:
         "cpu" or "cuda:<n>".
     counters : int
         Number of counters.
+    used : callable, optional
+        How many elements of the index arrays, one after the other, mean anything when they are placed; by default all.
 
     Attributes
     ----------
@@ -80,8 +82,14 @@ class MemoryNeeds:
     """
 
     def __init__(
-        self, arrays: Sequence[npt.NDArray[np.int32]], mid_shape: tuple[int, int, int], device: str, counters: int = 0
+        self,
+        arrays: Sequence[npt.NDArray[np.int32]],
+        mid_shape: tuple[int, int, int],
+        device: str,
+        counters: int = 0,
+        used: Callable[[], int] | None = None,
     ) -> None:
+        self._used = used
         self._arrays = arrays
         self._parts: list[tuple[int, tuple[int, ...], str]] = []  # offset, shape, dtype
         self.workspace_bytes = 0
@@ -110,7 +118,8 @@ class MemoryNeeds:
             if counters.shape[0]:
                 clear(counters, stream)
             # Waits for CuPy's current stream: any other may then use what was allocated on it.
-            lists, home = upload(self._arrays, stream.device), stream.current("cupy")
+            used = None if self._used is None else self._used()
+            lists, home = upload(self._arrays, stream.device, used), stream.current("cupy")
         views = tuple(view("schedule", array) for array in lists)
         pointers = tuple(each.pointer for each in views)
         shared, borrowed = self.workspace_bytes > 0, workspace is not None

@@ -28,8 +28,8 @@ def pack(arrays: Sequence[npt.NDArray[np.int32]]) -> tuple[npt.NDArray[np.int32]
     return packed, starts
 
 
-def upload(arrays: Sequence[npt.NDArray[np.int32]], device: int) -> list[Any]:
-    """Copy int32 arrays to a GPU, packed into one buffer.
+def upload(arrays: Sequence[npt.NDArray[np.int32]], device: int, used: int | None = None) -> list[Any]:
+    """Copy int32 arrays to a GPU, packed into one buffer, or only the first `used` elements of that.
 
     Returns
     -------
@@ -38,10 +38,12 @@ def upload(arrays: Sequence[npt.NDArray[np.int32]], device: int) -> list[Any]:
     """
     import cupy
 
-    packed, starts = pack(arrays)
+    packed, starts = pack(arrays) if len(arrays) > 1 else (arrays[0].reshape(-1), [0])
     with cupy.cuda.Device(device):
-        buffer = cupy.asarray(packed)
-        cupy.cuda.get_current_stream().synchronize()
+        buffer, stream = cupy.zeros(packed.size, np.int32), cupy.cuda.get_current_stream()
+        if packed[:used].size:
+            buffer[:used].set(packed[:used], stream)
+        stream.synchronize()
     return [
         buffer[start : start + array.size].reshape(array.shape) for start, array in zip(starts, arrays, strict=True)
     ]

@@ -177,18 +177,19 @@ def _whole(work: Work, costs: Float64Array, workers: int) -> Int64Array:
 @njit(cache=True)
 def _fill(work: Work, costs: Float64Array, limit: float, pieces: Int64Array) -> int:
     """Fill `pieces` with whole tiles that cost a worker at most `limit`, and return the number of workers."""
-    num_tiles = len(costs)
-    worker, load = 0, 0.0
-    for unit in range(len(pieces)):
-        cost = costs[unit % num_tiles] + work.item_steps
-        if load > 0 and load + cost > limit:
-            worker += 1
-            load = 0.0
-        load += cost
-        pieces[unit, 0] = unit
-        pieces[unit, 1] = 0
-        pieces[unit, 2] = work.steps[unit % num_tiles]
-        pieces[unit, 3] = worker
+    worker, load, unit = 0, 0.0, 0
+    for _ in range(work.num_kv_heads):
+        for tile in range(len(costs)):
+            cost = costs[tile] + work.item_steps
+            if load > 0 and load + cost > limit:
+                worker += 1
+                load = 0.0
+            load += cost
+            pieces[unit, 0] = unit
+            pieces[unit, 1] = 0
+            pieces[unit, 2] = work.steps[tile]
+            pieces[unit, 3] = worker
+            unit += 1
     return worker + 1
 
 

@@ -9,8 +9,10 @@ All arrays lie in one, of a fixed size and layout: items, order of requests, seg
   take.
 - A finished request's row of its tile is no request's any more, and segments that no other row sees become empty.
 
-So the plan drifts from what the planner would make. What that costs is summed up; when the sum exceeds what a new plan
-costs, or where there is no room left, the tree is planned anew into the same arrays.
+So the plan drifts from what the planner would make. What that costs is summed up; when the sum exceeds what it costs to
+move the cuts between the pieces of tiles, these are moved, so that workers have equally much to do again. Where that
+does not help, and the sum exceeds what a new plan costs, or where there is no room left, the tree is planned anew into
+the same arrays.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ ALIGNMENT = 32
 """Elements: each array starts at a multiple of 128 bytes, a full memory transaction on every GPU."""
 PLAN_US = 380.0
 """Host time of a new plan, in microseconds: that of the planner, and of copying it (bench/results/growth_h200.json)."""
+CUT_US = 60.0
+"""Host time of moving the cuts between pieces, in microseconds: an estimate, a fifth of a new plan's."""
 _INT32_MAX = 2**31 - 1
 
 
@@ -117,8 +121,8 @@ class GrowingPlan:
     ----------
     row_groups : int
         As the planner chose for the tree as it was at first.
-    workers, most_edits : int
-        Blocks of the launch, and most elements that a change edits.
+    workers : int
+        Blocks of the launch.
     sizes : Sizes
     packed : int32 (sizes.total,)
         All arrays.
@@ -141,7 +145,8 @@ class GrowingPlan:
             multiprocessors=workers,
             machine=machine,
         )
-        self.row_groups = self._planned(*tree.layout()).row_groups
+        self.made = self._planned(*tree.layout())
+        self.row_groups = self.made.row_groups
         requests = self.row_groups * GROUP_ROWS // group
         self.sizes = sizes(tree.capacity, requests, num_kv_heads, head_dim, workers, self.row_groups)
         rates = machine.one_group if self.row_groups == 1 else machine.two_groups
@@ -152,25 +157,29 @@ class GrowingPlan:
             self.sizes.tiles,
             workers,
             (group, num_kv_heads, requests, STEP_TOKENS[self.row_groups], self.row_groups),
-            (step_us, rates.item / step_us, rates.apart_step / rates.step, PLAN_US),
+            (step_us, rates.item / step_us, rates.apart_step / rates.step, PLAN_US, CUT_US),
         )
         self.packed = self._state.packed
-        self.most_edits = len(self._state.edits)
-        self._plan()
+        self._spread()
 
     def _plan(self) -> None:
         """Plan the tree anew."""
         self.made = self._planned(*self.tree.layout(), row_groups=self.row_groups)
-        passes.spread(self._state, self.made.items, self.made.segments, self.made.request_order, self.made.workers)
+        self._spread()
+
+    def _spread(self) -> None:
+        made = self.made
+        passes.spread(self._state, made.items, made.segments, made.request_order, made.workers)
 
     @property
     def used(self) -> int:
         """Elements of `packed` up to which it means anything."""
         return self.sizes.segments_at + 4 * passes.used_segments(self._state)
 
-    def write_edits(self, to: Int32Array) -> int:
-        """Write what has changed, of each edit the index in `packed` and the value; returns the number of edits."""
-        return passes.write_edits(self._state, to)
+    @property
+    def edits(self) -> Int32Array:
+        """What the last change has edited, (n, 2): the index in `packed` and the value, no index twice."""
+        return passes.edits_made(self._state)
 
     def append(self, slots: Int32Array, rows: Int32Array) -> bool:
         """Follow `GrowingTree.append`; returns whether edits were enough, else all of `packed` is new."""

@@ -16,12 +16,12 @@ __all__ = [
     "SLACK",
     "PlanState",
     "append",
+    "edits_made",
     "finish",
     "fork",
     "make_state",
     "spread",
     "used_segments",
-    "write_edits",
 ]
 
 Int32Array = npt.NDArray[np.int32]
@@ -34,8 +34,10 @@ SLACK = 32
 """New segments of each request between two plans."""
 JOINED_RUNS = 8
 """Segments of a forked request among which one is looked for that ends where the next begins."""
-MOST_EDITS = 4096
+MOST_EDITS = 8192
 """Elements that one change may edit; more are planned anew."""
+WHOLE_STEPS = 1.0
+"""Steps that a worker may have too many because cuts are made at whole steps: a new plan would not do better."""
 RUNS_A_CHANGE = 32
 """Runs that a change is taken to be followed by: one a layer of the model."""
 
@@ -44,10 +46,10 @@ class PlanState(NamedTuple):
     """Arrays of a plan.
 
     `edited` holds the number of the last change that edited an element of `packed`, `edits` the elements of this
-    change. Of each slot: tile, place in it, and of its last new segment, or -1, the index and the row that would
-    follow. Of each tile: first position in the order; of its segments the first, the end, how far it may go; tokens
-    gained. Of each unit, KV heads of a tile together: its first piece and their number. Of each piece: item and worker.
-    Of each worker: steps, last item. Numbers and costs: see below.
+    change and in the end their values. Of each slot: tile, place in it, and of its last new segment, or -1, the index
+    and the row that would follow. Of each tile: first position in the order; of its segments the first, the end, how
+    far it may go; tokens gained. Of each unit, KV heads of a tile together: its first piece and their number. Of each
+    piece: item and worker. Of each worker: steps, last item. Numbers and costs: see below.
     """
 
     packed: Int32Array
@@ -69,9 +71,11 @@ _NUMBERS = range(16)
     _CHANGE, _EDITS, _FULL, _USED_TILES, _USED_ITEMS, _USED_PIECES, _USED_POSITIONS, _USED_SEGMENTS,
 ) = _NUMBERS  # fmt: skip
 """Requests of a tile and other constants; the number of this change, its edits, and whether they are too many."""
-_BUSIEST, _GROWN, _LOST, _STEP_US, _ITEM_STEPS, _APART, _PLAN_US = range(7)
+_BUSIEST, _GROWN, _LOST, _EVEN, _UNEVEN, _STEP_US, _ITEM_STEPS, _APART, _PLAN_US, _CUT_US = range(10)
 """Steps of the busiest worker when planned; steps that have come since, wherever; microseconds lost since.
 
+Of the last cuts: steps by which the busiest worker had too many after them; microseconds lost since to more than these.
+What is lost to the former counts as lost since the plan was made.
 Steps are counted as of tokens that most rows see; one of tokens that few see counts `_APART`.
 """
 _TILE, _PLACE, _SEGMENT, _NEXT_ROW = range(4)
@@ -90,7 +94,7 @@ def make_state(
     tiles: int,
     workers: int,
     tile: tuple[int, int, int, int, int],
-    costs: tuple[float, float, float, float],
+    costs: tuple[float, float, float, float, float],
 ) -> PlanState:
     """Arrays for a plan.
 
@@ -102,17 +106,18 @@ def make_state(
         Slots, tiles and workers, at most.
     tile : 5 int
         Query heads a KV head, KV heads, requests of a tile, tokens of a step, row groups.
-    costs : 4 float
-        Microseconds of a step, steps of an item and of a step of tokens that few rows see, microseconds of a new plan.
+    costs : 5 float
+        Microseconds of a step, steps of an item and of a step of tokens that few rows see, microseconds of a new plan
+        and of new cuts.
     """
     numbers = np.zeros(len(_NUMBERS), np.int64)
     numbers[:_CHANGE] = (*tile, *sizes[1:])
     return PlanState(
         packed=np.zeros(sizes[0], np.int32),
         edited=np.zeros(sizes[0], np.int32),
-        edits=np.empty(MOST_EDITS, np.int32),
+        edits=np.empty((MOST_EDITS, 2), np.int32),
         numbers=numbers,
-        costs=np.array([0.0, 0.0, 0.0, *costs]),
+        costs=np.array([0.0, 0.0, 0.0, 0.0, 0.0, *costs]),
         slots=np.full((requests, 4), -1, np.int32),
         tiles=np.zeros((tiles, 5), np.int32),
         units=np.zeros((tiles * tile[1], 2), np.int32),
@@ -127,6 +132,11 @@ def used_segments(s: PlanState) -> int:
     return int(s.numbers[_USED_SEGMENTS])
 
 
+def edits_made(s: PlanState) -> Int32Array:
+    """Indices and values of the last change."""
+    return s.edits[: s.numbers[_EDITS]]
+
+
 @njit(cache=True, inline="always")
 def _put(packed: Int32Array, edited: Int32Array, edits: Int32Array, n: Int64Array, at: int, value: int) -> None:
     """Edit an element of `packed`. Of inner loops, hence inline and without `PlanState`: to pass it on costs 0.1 us."""
@@ -136,20 +146,14 @@ def _put(packed: Int32Array, edited: Int32Array, edits: Int32Array, n: Int64Arra
         if n[_EDITS] == len(edits):
             n[_FULL] = 1
         else:
-            edits[n[_EDITS]] = at
+            edits[n[_EDITS], 0] = at
             n[_EDITS] += 1
 
 
-@njit(cache=True)
-def write_edits(s: PlanState, to: Int32Array) -> int:
-    n = s.numbers
-    count = int(n[_EDITS])
-    for i in range(count):
-        to[2 * i] = s.edits[i]
-        to[2 * i + 1] = s.packed[s.edits[i]]
+@njit(cache=True, inline="always")
+def _begin_change(n: Int64Array) -> None:
     n[_EDITS] = 0
     n[_CHANGE] += 1
-    return count
 
 
 @njit(cache=True)
@@ -162,19 +166,20 @@ def spread(s: PlanState, items: Int32Array, segments: Int32Array, request_order:
     """Fill the arrays with what the planner made."""
     n = s.numbers
     for position in range(len(request_order)):
-        slot = s.slots[request_order[position]]
-        slot[_TILE], slot[_PLACE] = position // n[_REQUESTS], position % n[_REQUESTS]
-        slot[_SEGMENT], slot[_NEXT_ROW] = -1, -1
-        s.packed[n[_ORDER_AT] + position] = request_order[position]
+        slot = request_order[position]
+        s.slots[slot, _TILE], s.slots[slot, _PLACE] = position // n[_REQUESTS], position % n[_REQUESTS]
+        s.slots[slot, _SEGMENT], s.slots[slot, _NEXT_ROW] = -1, -1
+        s.packed[n[_ORDER_AT] + position] = slot
     n[_USED_POSITIONS] = len(request_order)
     n[_USED_TILES] = -(-len(request_order) // n[_REQUESTS])
     s.tiles[:, _GAINED] = 0
     _spread_items(s, items, workers)
     _spread_segments(s, segments)
     _weigh(s)
-    s.costs[_BUSIEST], s.costs[_GROWN], s.costs[_LOST] = s.loads.max(), 0.0, 0.0
-    n[_EDITS], n[_FULL] = 0, 0
-    n[_CHANGE] += 1
+    s.costs[:_STEP_US] = 0.0
+    s.costs[_BUSIEST] = s.loads.max()
+    n[_FULL] = 0
+    _begin_change(n)
 
 
 @njit(cache=True)
@@ -182,9 +187,9 @@ def _spread_items(s: PlanState, items: Int32Array, workers: int) -> None:
     """Copy the items; those that no worker begins with come after the empty ones of idle workers."""
     n = s.numbers
     moved = len(s.loads) - workers
-    for item in items:
-        unit = item[_FIRST_POSITION] // n[_REQUESTS] * n[_HEADS] + item[_KV_HEAD]
-        s.units[unit, 1] = item[_PIECES]
+    for item in range(len(items)):
+        unit = items[item, _FIRST_POSITION] // n[_REQUESTS] * n[_HEADS] + items[item, _KV_HEAD]
+        s.units[unit, 1] = items[item, _PIECES]
     n[_USED_PIECES] = 0
     for unit in range(n[_USED_TILES] * n[_HEADS]):
         s.units[unit, 0] = n[_USED_PIECES]
@@ -198,17 +203,17 @@ def _spread_items(s: PlanState, items: Int32Array, workers: int) -> None:
             continue
         index = worker
         while index >= 0:
-            item = items[index]
             to = index if index < workers else index + moved
             at = _item_at(n, to)
-            s.packed[at : at + _FIELDS] = item
-            if item[_NEXT] >= 0:
-                s.packed[at + _NEXT] += moved
-            unit = item[_FIRST_POSITION] // n[_REQUESTS] * n[_HEADS] + item[_KV_HEAD]
-            piece = s.units[unit, 0] + item[_PIECE]
+            for field in range(_FIELDS):
+                s.packed[at + field] = items[index, field]
+            unit = items[index, _FIRST_POSITION] // n[_REQUESTS] * n[_HEADS] + items[index, _KV_HEAD]
+            piece = s.units[unit, 0] + items[index, _PIECE]
             s.pieces[piece, _ITEM], s.pieces[piece, _WORKER] = to, worker
             s.tails[worker] = to
-            index = item[_NEXT]
+            index = items[index, _NEXT]
+            if index >= 0:
+                s.packed[at + _NEXT] += moved
     n[_USED_ITEMS] = len(items) + moved
 
 
@@ -230,10 +235,10 @@ def _spread_segments(s: PlanState, segments: Int32Array) -> None:
         tile[_FIRST] = index * n[_REQUESTS]
         tile[_BEGIN] = tile[_END] = free
         while tokens > 0:
-            segment = segments[first + tile[_END] - free]
-            at = n[_SEGMENTS_AT] + 4 * tile[_END]
-            s.packed[at : at + 4] = segment
-            tokens -= segment[1]
+            segment, at = first + tile[_END] - free, n[_SEGMENTS_AT] + 4 * tile[_END]
+            for column in range(4):
+                s.packed[at + column] = segments[segment, column]
+            tokens -= segments[segment, 1]
             tile[_END] += 1
         for unit in range(index * n[_HEADS], (index + 1) * n[_HEADS]):
             for piece in range(s.units[unit, 0], s.units[unit, 0] + s.units[unit, 1]):
@@ -262,15 +267,15 @@ def _weigh(s: PlanState) -> None:
     for tile in range(n[_USED_TILES]):
         tokens, steps = 0, 0.0
         for segment in range(s.tiles[tile, _BEGIN], s.tiles[tile, _END]):
-            _, count, first_row, end_row = s.packed[n[_SEGMENTS_AT] + 4 * segment : n[_SEGMENTS_AT] + 4 * segment + 4]
-            tokens += count
-            steps += count * _token_steps(s, first_row, end_row)
-        step_cost = steps * n[_STEP_TOKENS] / max(1, tokens)
+            at = n[_SEGMENTS_AT] + 4 * segment
+            tokens += s.packed[at + 1]
+            together = is_together(s.packed[at + 2], s.packed[at + 3], n[_ROW_GROUPS])
+            steps += s.packed[at + 1] * (1.0 if together else s.costs[_APART])
+        step_cost = steps / max(1, tokens)
         for unit in range(tile * n[_HEADS], (tile + 1) * n[_HEADS]):
             for piece in range(s.units[unit, 0], s.units[unit, 0] + s.units[unit, 1]):
-                item, worker = s.pieces[piece]
-                count = s.packed[_item_at(n, item) + _TOKENS]
-                s.loads[worker] += s.costs[_ITEM_STEPS] + step_cost * -(-count // n[_STEP_TOKENS])
+                count = s.packed[_item_at(n, s.pieces[piece, _ITEM]) + _TOKENS]
+                s.loads[s.pieces[piece, _WORKER]] += s.costs[_ITEM_STEPS] + step_cost * -(-count // n[_STEP_TOKENS])
 
 
 @njit(cache=True)
@@ -286,64 +291,128 @@ def _put_segment(s: PlanState, segment: int, row: int, tokens: int, first_row: i
 @njit(cache=True)
 def append(s: PlanState, slots: Int32Array, rows: Int32Array) -> bool:
     n = s.numbers
+    packed, edited, edits = s.packed, s.edited, s.edits
+    _begin_change(n)
     for i in range(len(slots)):
         slot = slots[i]
         tile = s.slots[slot, _TILE]
         s.tiles[tile, _GAINED] += rows.shape[1]
         at = n[_SEGMENTS_AT] + 4 * s.slots[slot, _SEGMENT] + 1
         for j in range(rows.shape[1]):
-            if s.slots[slot, _SEGMENT] < 0 or s.slots[slot, _NEXT_ROW] != rows[i, j]:
-                if s.tiles[tile, _END] == s.tiles[tile, _LIMIT]:
+            if s.slots[slot, _SEGMENT] < 0 or s.slots[slot, _NEXT_ROW] != rows[i, j]:  # a new segment
+                segment = s.tiles[tile, _END]
+                if segment == s.tiles[tile, _LIMIT]:
                     return False
-                at = _begin_segment(s, slot, rows[i, j]) + 1
-            _put(s.packed, s.edited, s.edits, n, at, s.packed[at] + 1)
+                s.tiles[tile, _END] += 1
+                s.slots[slot, _SEGMENT] = segment
+                first_row = s.slots[slot, _PLACE] * n[_GROUP]
+                at = n[_SEGMENTS_AT] + 4 * segment + 1
+                _put(packed, edited, edits, n, at - 1, rows[i, j])
+                _put(packed, edited, edits, n, at, 0)
+                _put(packed, edited, edits, n, at + 1, first_row)
+                _put(packed, edited, edits, n, at + 2, first_row + n[_GROUP])
+            _put(packed, edited, edits, n, at, packed[at] + 1)
             s.slots[slot, _NEXT_ROW] = rows[i, j] + 1
+    _lengthen(s)
+    return _ends_well(s)
+
+
+@njit(cache=True)
+def _lengthen(s: PlanState) -> None:
+    """Add the tokens that tiles gained, seen by a request each, to the last piece of each of their units."""
+    n = s.numbers
+    token_steps = _token_steps(s, 0, n[_GROUP])
     for tile in range(n[_USED_TILES]):
-        if s.tiles[tile, _GAINED] > 0:
-            _lengthen(s, tile, s.tiles[tile, _GAINED])
-            s.tiles[tile, _GAINED] = 0
-    return _is_good_enough(s)
+        gained = s.tiles[tile, _GAINED]
+        if gained == 0:
+            continue
+        s.tiles[tile, _GAINED] = 0
+        s.costs[_GROWN] += gained * token_steps * n[_HEADS]
+        for unit in range(tile * n[_HEADS], (tile + 1) * n[_HEADS]):
+            piece = s.units[unit, 0] + s.units[unit, 1] - 1
+            at = _item_at(n, s.pieces[piece, _ITEM]) + _TOKENS
+            _put(s.packed, s.edited, s.edits, n, at, s.packed[at] + gained)
+            s.loads[s.pieces[piece, _WORKER]] += gained * token_steps
 
 
 @njit(cache=True)
-def _begin_segment(s: PlanState, slot: int, row: int) -> int:
-    """Begin a request's new segment, still without tokens, at the end of its tile's; returns its index in `packed`."""
-    n = s.numbers
-    tile = s.slots[slot, _TILE]
-    first_row = s.slots[slot, _PLACE] * n[_GROUP]
-    s.slots[slot, _SEGMENT] = s.tiles[tile, _END]
-    s.tiles[tile, _END] += 1
-    _put_segment(s, s.slots[slot, _SEGMENT], row, 0, first_row, first_row + n[_GROUP])
-    return int(n[_SEGMENTS_AT] + 4 * s.slots[slot, _SEGMENT])
+def _ends_well(s: PlanState) -> bool:
+    """Whether edits say all, and what has been lost since the plan was made is less than a new one costs.
+
+    Where the tiles' last workers have too much to do, cuts between pieces are moved first: a cheaper way than planning.
+    """
+    run_us = RUNS_A_CHANGE * s.costs[_STEP_US]
+    s.costs[_UNEVEN] += run_us * max(0.0, _too_many(s) - s.costs[_EVEN])
+    if s.costs[_UNEVEN] >= s.costs[_CUT_US]:
+        for tile in range(s.numbers[_USED_TILES]):
+            _cut(s, tile)
+        s.costs[_EVEN], s.costs[_UNEVEN] = max(0.0, _too_many(s)), 0.0
+    s.costs[_LOST] += run_us * max(0.0, s.costs[_EVEN] - WHOLE_STEPS)
+    for i in range(s.numbers[_EDITS]):
+        s.edits[i, 1] = s.packed[s.edits[i, 0]]
+    return bool(s.numbers[_FULL] == 0 and s.costs[_LOST] + s.costs[_UNEVEN] < s.costs[_PLAN_US])
 
 
 @njit(cache=True)
-def _lengthen(s: PlanState, tile: int, tokens: int) -> None:
-    """Add tokens, seen by a request each, to the last piece of each of the tile's units."""
+def _too_many(s: PlanState) -> float:
+    """Steps that the busiest worker has more than when the plan was made, beyond what each would have."""
+    return float(s.loads.max() - s.costs[_BUSIEST] - s.costs[_GROWN] / len(s.loads))
+
+
+@njit(cache=True)
+def _cut(s: PlanState, tile: int) -> None:
+    """Cut a tile's units anew, at whole steps, so that the workers of each unit's pieces have equally much to do."""
     n = s.numbers
-    steps = tokens * _token_steps(s, 0, n[_GROUP])
+    first_segment = s.tiles[tile, _BEGIN]
+    ends = np.empty(s.tiles[tile, _END] - first_segment, np.int64)  # of the segments, in the tile's tokens
+    tokens, steps = 0, 0.0
+    for i in range(len(ends)):
+        at = n[_SEGMENTS_AT] + 4 * (first_segment + i)
+        tokens += s.packed[at + 1]
+        ends[i] = tokens
+        together = is_together(s.packed[at + 2], s.packed[at + 3], n[_ROW_GROUPS])
+        steps += s.packed[at + 1] * (1.0 if together else s.costs[_APART])
+    step_cost = steps / max(1, tokens)
+    last_cut = -1
     for unit in range(tile * n[_HEADS], (tile + 1) * n[_HEADS]):
-        item, worker = s.pieces[s.units[unit, 0] + s.units[unit, 1] - 1]
-        at = _item_at(n, item) + _TOKENS
-        _put(s.packed, s.edited, s.edits, n, at, s.packed[at] + tokens)
-        s.loads[worker] += steps
-        s.costs[_GROWN] += steps
-
-
-@njit(cache=True)
-def _is_good_enough(s: PlanState) -> bool:
-    """Whether edits say all, and what has been lost since the plan was made is less than a new one costs."""
-    lost = s.loads.max() - s.costs[_BUSIEST] - s.costs[_GROWN] / len(s.loads)
-    s.costs[_LOST] += RUNS_A_CHANGE * s.costs[_STEP_US] * max(0.0, lost)
-    return bool(s.numbers[_FULL] == 0 and s.costs[_LOST] < s.costs[_PLAN_US])
+        first, count = s.units[unit, 0], s.units[unit, 1]
+        if count == 1 or tokens < count * n[_STEP_TOKENS]:
+            continue
+        mean = 0.0
+        for piece in range(first, first + count):
+            mean += s.loads[s.pieces[piece, _WORKER]] / count
+        begin, end, exact = 0, 0, 0.0  # of the piece, in the tile's tokens
+        for i in range(count):
+            worker, at = s.pieces[first + i, _WORKER], _item_at(n, s.pieces[first + i, _ITEM])
+            exact += s.packed[at + _TOKENS] + (mean - s.loads[worker]) / step_cost * n[_STEP_TOKENS]
+            end = int(np.rint(exact / n[_STEP_TOKENS])) * n[_STEP_TOKENS]
+            end = max(begin + n[_STEP_TOKENS], min(end, tokens - (count - 1 - i) * n[_STEP_TOKENS]))
+            if i == count - 1:
+                end = tokens
+            s.loads[worker] += (end - begin - s.packed[at + _TOKENS]) * step_cost / n[_STEP_TOKENS]
+            _put(s.packed, s.edited, s.edits, n, at + _TOKENS, end - begin)
+            segment = first_segment + np.searchsorted(ends, begin, side="right")
+            source = n[_SEGMENTS_AT] + 4 * segment
+            left = ends[segment - first_segment] - begin
+            _put(s.packed, s.edited, s.edits, n, at + _NEXT_SEGMENT, segment + 1)
+            _put(s.packed, s.edited, s.edits, n, at + _KV_BEGIN, s.packed[source] + s.packed[source + 1] - left)
+            _put(s.packed, s.edited, s.edits, n, at + _KV_LEN, left)
+            _put(s.packed, s.edited, s.edits, n, at + _ROW_BEGIN, s.packed[source + 2])
+            _put(s.packed, s.edited, s.edits, n, at + _ROW_END, s.packed[source + 3])
+            last_cut = max(last_cut, segment)
+            begin = end
+    for slot in range(len(s.slots)):  # a segment can become longer only where no piece begins behind it or in it
+        if s.slots[slot, _TILE] == tile and s.slots[slot, _SEGMENT] <= last_cut:
+            s.slots[slot, _SEGMENT], s.slots[slot, _NEXT_ROW] = -1, -1
 
 
 @njit(cache=True)
 def fork(s: PlanState, parents: Int32Array, slots: Int32Array) -> bool:
+    _begin_change(s.numbers)
     for i in range(len(parents)):
         if s.numbers[_USED_TILES] == len(s.tiles) or not _fork_one(s, parents[i], slots[i]):
             return False
-    return _is_good_enough(s)
+    return _ends_well(s)
 
 
 @njit(cache=True)
@@ -434,6 +503,7 @@ def _add_item(s: PlanState, head: int, tokens: int, slot: int) -> None:
 @njit(cache=True)
 def finish(s: PlanState, slots: Int32Array) -> bool:
     n = s.numbers
+    _begin_change(n)
     for slot in slots:  # its row is nobody's
         tile, place = s.slots[slot, _TILE], s.slots[slot, _PLACE]
         _put(s.packed, s.edited, s.edits, n, n[_ORDER_AT] + s.tiles[tile, _FIRST] + place, -1)
@@ -451,7 +521,7 @@ def finish(s: PlanState, slots: Int32Array) -> bool:
             else:
                 begin += count
         s.slots[slot] = -1
-    return _is_good_enough(s)
+    return _ends_well(s)
 
 
 @njit(cache=True)

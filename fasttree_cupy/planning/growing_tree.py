@@ -130,7 +130,7 @@ _FREE_NODE, _USED_NODES, _FREE_RUN, _USED_RUNS, _TOKENS, _ROOT = range(6)
 """The first free node, how many places have ever been used, the same of runs, the tokens held, the root."""
 
 
-@njit(cache=True)
+@njit(cache=True, inline="always")
 def _take(numbers: Int64Array, first: int, links: Int32Array) -> int:
     """A free place: one that was given back, or the next that was never used."""
     place = numbers[first]
@@ -158,7 +158,7 @@ def _set_node(nodes: _Nodes, node: int, parent: int) -> None:
     nodes.last_run[node] = -1
 
 
-@njit(cache=True)
+@njit(cache=True, inline="always")
 def _begin_run(nodes: _Nodes, node: int, row: int) -> None:
     """Add a run of one token."""
     run = _take(nodes.numbers, _FREE_RUN, nodes.run_next)
