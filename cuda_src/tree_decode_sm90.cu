@@ -23,9 +23,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) tree_decode_sm90(const
         prefetch_item(p.items + blockIdx.x);
         GatherRings::init(s);
         barrier_init(s.q_full, kProducerWarps * kWarpSize);
-        barrier_init(s.k_empty, kConsumerWarps / kTokenGroups);
-        barrier_init(s.v_empty, kConsumerWarps / kTokenGroups);
-        barrier_init(s.q_empty, kConsumerWarps);
+        barrier_init(s.k_empty, kConsumerWarps / kTokenGroups * kWarpArrivals);
+        barrier_init(s.v_empty, kConsumerWarps / kTokenGroups * kWarpArrivals);
+        barrier_init(s.q_empty, kConsumerWarps * kWarpArrivals);
+        barrier_init(s.given, kConsumerWarps / 2 * kWarpArrivals);
     }
     __syncthreads();
     // Where consumers take more registers than an equal share, the others leave theirs.

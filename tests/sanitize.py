@@ -1,5 +1,12 @@
-"""Small runs of every kernel for compute-sanitizer: ``compute-sanitizer --tool memcheck python -m tests.sanitize``.
+"""Small runs of every kernel for compute-sanitizer.
 
+::
+
+    compute-sanitizer --tool memcheck python -m tests.sanitize
+    FASTTREE_CUPY_RACECHECK=1 compute-sanitizer --tool racecheck python -m tests.sanitize
+
+racecheck does not follow ``__syncwarp`` from the lanes of a warp to the one that arrives at a barrier for all, and
+reports what the others have read as overwritten; the variable builds kernels whose lanes each arrive.
 Results are not looked at here; test_decode.py and test_plan.py do that. Exit status 2 where there is no GPU.
 """
 

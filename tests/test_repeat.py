@@ -61,7 +61,7 @@ class FakeCuda:
             monkeypatch.setattr(place, name, fake)
         monkeypatch.setattr("fasttree_cupy.execution.turns.wait_for", lambda stream, _: self.waits.append(stream))
         monkeypatch.setattr("fasttree_cupy.execution.turns.record_event", streams.record_event)
-        monkeypatch.setattr("fasttree_cupy.execution.plan_memory.upload", lambda made, _device: list(made))
+        monkeypatch.setattr("fasttree_cupy.execution.plan_memory.upload", lambda made, *_: list(made))
         monkeypatch.setattr("fasttree_cupy.execution.plan_memory.clear", lambda _counters, _stream: None)
         monkeypatch.setattr("fasttree_cupy.plan.resolve_device", lambda _: "cuda:0")
         monkeypatch.setattr("fasttree_cupy.plan.constants_of", lambda _: Constants(H200, H200_WORKERS))

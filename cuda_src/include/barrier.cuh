@@ -17,6 +17,16 @@ __device__ __forceinline__ void barrier_init(Barrier (&barriers)[kCount], int ar
 __device__ __forceinline__ void barrier_arrive(Barrier& barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
+
+#if !defined(FT_EVERY_LANE_ARRIVES)
+#define FT_EVERY_LANE_ARRIVES 0
+#endif
+// A warp's sign that all its lanes are done. One lane arrives for all: what the others did comes before, by __syncwarp or
+// a product of the whole warp. compute-sanitizer's racecheck does not follow that; a build for it lets each lane arrive.
+constexpr int kWarpArrivals = FT_EVERY_LANE_ARRIVES ? kWarpSize : 1;
+__device__ __forceinline__ void barrier_arrive_warp(Barrier& barrier) {
+    if (int(threadIdx.x) % kWarpSize < kWarpArrivals) barrier_arrive(barrier);
+}
 // Whether the phase of this parity has ended; may wait for it a while.
 __device__ __forceinline__ bool barrier_try_wait(Barrier& barrier, int parity) {
     u32 done;
@@ -34,9 +44,6 @@ __device__ __forceinline__ void barrier_wait(Barrier& barrier, int parity) {
 // Named barriers 1 to 15, for `threads` threads in all.
 __device__ __forceinline__ void named_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void named_arrive(int id, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // Orders what this thread knows to be in shared memory before the matrix products that it starts next.

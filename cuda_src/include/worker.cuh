@@ -49,7 +49,7 @@ static_assert(kKeyStages % kTokenGroups == 0 && kValueStages % kTokenGroups == 0
               "a tile takes the place of one of the same warpgroup, which is at its tiles in their order");
 
 // Named barriers, one for each warpgroup.
-constexpr int kExchange = 1, kOwnGroup = 3;
+constexpr int kOwnGroup = 1;
 
 // Which of the block's rows see a tile's tokens. A bit stands for 16 rows, of which
 struct alignas(8) TileView {
@@ -86,6 +86,7 @@ struct Shared {
 #if defined(FT_KV_ELEMENT)
     Barrier raw_k_full[kRawStages], raw_k_empty[kRawStages], raw_v_full[kRawStages], raw_v_empty[kRawStages];
 #endif
+    Barrier given[2];  // each warpgroup's accumulators, with one row group
     int merge[2];  // what a warpgroup is to merge
 };
 static_assert(sizeof(Shared) == FT_SHARED_BYTES, "host and device agree on shared memory");

@@ -39,9 +39,8 @@ struct Consumer : Output {
     __device__ __forceinline__ void run() {
         int end = 0;   // of the item's tiles
         int turn = 0;  // of the items that have tokens
-        // The warpgroups write in turn: while one does, the other is at the next item's tiles.
-        int writer = 0;
-        for (int index = blockIdx.x; index >= 0; writer ^= 1) {
+        int count = 0;  // of items
+        for (int index = blockIdx.x; index >= 0; ++count) {
             const WorkItem& item = p.items[index];
             const int next = item.next;
             fetch_ahead(item, next);
@@ -51,14 +50,15 @@ struct Consumer : Output {
             if (item.tokens > 0) {
                 barrier_wait(s.q_full[turn % 2], turn / 2 % 2);
                 attend_tiles(end, shared_address(s.q[turn % 2]) + row_group * kGroupRows * kPanelRowBytes);
-                arrive(s.q_empty[turn % 2]);
+                barrier_arrive_warp(s.q_empty[turn % 2]);
                 ++turn;
             }
             rows.finish();
-            if (kTokenGroups == 2 && group != writer) {
+            // The warpgroups write in turn: while one does, the other is at the next item's tiles.
+            if (kTokenGroups == 2 && group != count % 2) {
                 give();
             } else {
-                if (kTokenGroups == 2) receive();
+                if (kTokenGroups == 2) receive(count / 2 % 2);
                 write(WorkItem(item));
             }
             index = next;
@@ -71,10 +71,6 @@ struct Consumer : Output {
         if (item.first_request < 0) {
             prefetch(p.request_order + item.first_position + min(rows.first_row / p.group, item.num_requests - 1));
         }
-    }
-    // A warp's sign that it is done with a place.
-    static __device__ __forceinline__ void arrive(Barrier& barrier) {
-        if (threadIdx.x % kWarpSize == 0) barrier_arrive(barrier);
     }
 
     // Attends this warpgroup's tiles of an item: those whose tokens most rows see together, the others warp by warp.
@@ -114,7 +110,7 @@ struct Consumer : Output {
         start_scores(scores, queries);
         WarpgroupRows::View view = own_view();
         products_wait<0>(scores);
-        arrive(s.k_empty[keys.stage]);
+        barrier_arrive_warp(s.k_empty[keys.stage]);
         weigh(scores, view, [] {});
         Ring<kValueStages> behind = values;  // the tile whose values are still to be added
         advance();
@@ -124,14 +120,14 @@ struct Consumer : Output {
             view = own_view();
             start_values(behind);
             products_wait<1>(scores);
-            arrive(s.k_empty[keys.stage]);
-            weigh(scores, view, [&] { arrive(s.v_empty[behind.stage]); });
+            barrier_arrive_warp(s.k_empty[keys.stage]);
+            weigh(scores, view, [&] { barrier_arrive_warp(s.v_empty[behind.stage]); });
             behind = values;
             advance();
         }
         start_values(behind);
         products_wait<0>(rows.o);
-        arrive(s.v_empty[behind.stage]);
+        barrier_arrive_warp(s.v_empty[behind.stage]);
     }
     // Attends one tile, each warp the chunks that its rows see.
     __device__ __forceinline__ void attend_apart(u32 queries) {
@@ -144,8 +140,8 @@ struct Consumer : Output {
                               to_score());
         }
         __syncwarp();
-        arrive(s.k_empty[keys.stage]);
-        arrive(s.v_empty[values.stage]);
+        barrier_arrive_warp(s.k_empty[keys.stage]);
+        barrier_arrive_warp(s.v_empty[values.stage]);
         advance();
     }
     __device__ __forceinline__ void start_scores(WarpgroupRows::Scores& scores, u32 queries) {
@@ -181,12 +177,13 @@ struct Consumer : Output {
 #pragma unroll
             for (int half = 0; half < 2; ++half) s.exchange_state[rows.first_row + half * 8] = rows.state[half];
         }
-        named_arrive(kExchange + group, 2 * kGroupThreads);
+        __syncwarp();
+        barrier_arrive_warp(s.given[group]);
     }
     // ... and the other adds it to its own.
-    __device__ __forceinline__ void receive() {
+    __device__ __forceinline__ void receive(int parity) {
         const int thread = threadIdx.x % kGroupThreads;
-        named_sync(kExchange + (group ^ 1), 2 * kGroupThreads);
+        barrier_wait(s.given[group ^ 1], parity);
         float own[2], other[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {

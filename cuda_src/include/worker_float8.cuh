@@ -30,10 +30,10 @@ struct RawRings {
     static __device__ __forceinline__ void init(Shared& s) {
         barrier_init(s.raw_k_full, kKeyArrivals);
         barrier_init(s.raw_v_full, kValueArrivals);
-        barrier_init(s.raw_k_empty, kWidenWarps);
-        barrier_init(s.raw_v_empty, kWidenWarps);
-        barrier_init(s.k_full, kWidenWarps);
-        barrier_init(s.v_full, kWidenWarps);
+        barrier_init(s.raw_k_empty, kWidenWarps * kWarpArrivals);
+        barrier_init(s.raw_v_empty, kWidenWarps * kWarpArrivals);
+        barrier_init(s.k_full, kWidenWarps * kWarpArrivals);
+        barrier_init(s.v_full, kWidenWarps * kWarpArrivals);
     }
     __device__ __forceinline__ Slot key_slot() const {
         return {shared_address(s.raw_k[raw.stage]), s.raw_k_full[raw.stage], s.raw_k_empty[raw.stage], raw.parity ^ 1};
@@ -122,7 +122,8 @@ struct Widener {
         barrier_wait(full, raw.parity);
 #pragma unroll
         for (int pass = 0; pass < kPasses; ++pass) load_shared(words[pass], rows + place.raw_offset(pass));
-        arrive(empty);
+        __syncwarp();
+        barrier_arrive_warp(empty);
     }
     template <typename To>
     __device__ __forceinline__ void store(const Raw& words, u32 tile, Barrier& full) const {
@@ -131,11 +132,7 @@ struct Widener {
             const u32 to = tile + place.tile_offset(pass);
             store_widened<To>(to, to ^ 16, words[pass]);
         }
-        arrive(full);
-    }
-    // The warp's sign that it is done with a place.
-    static __device__ __forceinline__ void arrive(Barrier& barrier) {
         __syncwarp();
-        if (threadIdx.x % kWarpSize == 0) barrier_arrive(barrier);
+        barrier_arrive_warp(full);
     }
 };

@@ -54,7 +54,7 @@ struct SegmentStream {
 constexpr int kCopyChunks = kHeadDim * int(sizeof(KVBits)) / 16;  // of 16 bytes, in a row of K or V
 
 // A thread arrives when its copies are there; for what warps store beside the keys, they arrive once more.
-constexpr int kKeyArrivals = kTileWarps * (kWarpSize + 1), kValueArrivals = kTileWarps * kWarpSize;
+constexpr int kKeyArrivals = kTileWarps * (kWarpSize + kWarpArrivals), kValueArrivals = kTileWarps * kWarpSize;
 
 // A place in a ring: its rows, and the barriers of its phase.
 struct Slot {
@@ -165,7 +165,7 @@ struct Producer {
             copy(places, keys.rows, k, k_stride);
             __syncwarp();  // the tile's view is written
             arrive_after_copies(shared_address(&keys.full));
-            if (lane == 0) barrier_arrive(keys.full);
+            barrier_arrive_warp(keys.full);
             barrier_wait(values.empty, values.parity);
             copy(places, values.rows, v, v_stride);
             arrive_after_copies(shared_address(&values.full));

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,10 @@ WORKER_COMPUTE_CAPABILITY = 90
 WORKER_STAGES = {(64, 1): (8, 8), (128, 1): (6, 4), (64, 2): (5, 4), (128, 2): (3, 2)}
 """Head dim, row groups -> tiles in the rings of keys and values of ``tree_decode_sm90``: what the shared memory of a
 multiprocessor holds."""
-WORKER_FLOAT8_STAGES = {(64, 1): (4, 8, 10), (128, 1): (2, 4, 4), (64, 2): (4, 8, 10), (128, 2): (2, 4, 4)}
+WORKER_FLOAT8_STAGES = {(64, 1): (4, 8, 10), (128, 1): (2, 4, 4), (64, 2): (4, 8, 10), (128, 2): (3, 4, 3)}
 """The same where K and V are float8, and the tiles in the rings of their rows as they come, keys and values."""
+RACECHECK_VARIABLE = "FASTTREE_CUPY_RACECHECK"
+"""Where it is set, kernels are built so that compute-sanitizer's racecheck can follow them: see barrier.cuh."""
 WORKER_HEAD_DIMS = (64, 128)
 WORKER_ROW_GROUPS = (1, 2)
 WORKER_GROUP_ROWS = 64
@@ -250,7 +253,7 @@ def worker_shared_bytes(head_dim: int, row_groups: int, float8: bool) -> int:
     # Views of whole laps of the ring of keys, see worker.cuh.
     laps = -(-(keys + (raw + 1 if float8 else 0) + 2 // row_groups) // keys)
     views = laps * keys * (tokens // 8 + 2 * tokens)
-    barriers = (2 * (keys + values) + 4 + 4 * raw) * 8 + 2 * 4
+    barriers = (2 * (keys + values) + 4 + 4 * raw + 2) * 8 + 2 * 4
     return -(-(-(-(rings + queries + exchange) // 16) * 16 + views + barriers) // 1024) * 1024
 
 
@@ -328,7 +331,9 @@ def compile_options(config: KernelConfig) -> tuple[str, ...]:
     The architecture is left to the caller, but for ``tree_decode_sm90``: what the caller, CuPy for one, gives before or
     after yields to sm_90a, which alone has warpgroup products.
     """
-    defines = (f"-D{key}={value}" for key, value in config.defines().items())
+    defines = [f"-D{key}={value}" for key, value in config.defines().items()]
+    if os.environ.get(RACECHECK_VARIABLE):
+        defines.append("-DFT_EVERY_LANE_ARRIVES=1")
     architecture = ("-arch=sm_90a",) if config.name == "tree_decode_sm90" else ()
     return ("-std=c++17", f"-I{cuda_src() / 'include'}", *defines, *architecture)
 
