@@ -4,11 +4,15 @@
 
     python -m bench.bench_growth --output bench/results/growth_h200.json
 
-The paper's tree of 1, 16 and 64 nodes with 1024, 256 and 32 tokens, heads 32/8, head_dim 128, float16. Each step
-appends one token to each of the 64 requests and runs the plan once for each of 32 layers, which have K and V of their
-own. Tokens lie in pages of 16 rows, dealt out in the order in which requests need them. Host times are those of
-`append`, and of `plan_decode` once; the GPU's are those between events around an update and around the layers' runs,
-queued behind work that keeps the GPU busy until the host is done.
+The paper's tree of 1, 16 and 64 nodes with 1024, 256 and 32 tokens, heads 32/8, head_dim 128, float16. Each step runs
+the plan once for each of 32 layers, which have K and V of their own, and appends one token to each of the 64 requests
+for the next step: queued right behind the runs, while the GPU is at them. Tokens lie in pages of 16 rows, dealt out in
+the order in which requests need them.
+
+Two measurements. *Times*: the host's in `append`, and in `plan_decode` once; the GPU's between events around a step's
+runs and around an update, queued behind work that keeps the GPU busy until the host is done. *Loop*: nothing but runs
+and updates, and the wait for the GPU at each step's end; how much longer it takes than with no updates is what they
+cost, beyond slower or faster kernels.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bench import machine, records
-from fasttree_cupy import Capacity, DecodePlan, KVTree, plan_decode
+from fasttree_cupy import Capacity, KVTree, plan_decode
 from fasttree_cupy.execution.growing import GrowingSchedule
 
 __all__ = ["main"]
@@ -47,14 +51,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--commit", help="what to record instead of what git says")
     args = parser.parse_args(arguments)
 
-    decode_loop(2, args.layers)  # compiles
+    Loop(2, args.layers).loop_us(grows=True)  # compiles
     row = measure(args.steps, args.layers)
+    plans = "no plan anew" if not row["plans"] else f"{row['plans']} plans anew of {row['plan_median_us']:.0f} us"
     print(
         f"{row['steps']} steps of {row['layers']} layers: update {row['host_median_us']:.1f} us on the host (median), "
-        f"{row['plans']} plans anew of {row['plan_median_us']:.0f} us\n"
+        f"{plans}\n"
         f"planning and updates {row['host_total_us'] / 1000:.1f} ms on the host, "
         f"{row['update_gpu_total_us'] / 1000:.2f} ms on the GPU, kernels {row['kernel_total_us'] / 1000:.1f} ms: "
-        f"{100 * row['share']:.2f}%"
+        f"{100 * row['share']:.2f}%\n"
+        f"the loop takes {100 * row['loop_share']:.2f}% longer with updates"
     )
     if args.output is not None:
         described = machine.describe("bench.bench_growth", arguments, args.commit) | machine.describe_gpu()
@@ -70,37 +76,63 @@ def new_rows(steps: int) -> npt.NDArray[np.int32]:
     return rows
 
 
-def decode_loop(steps: int, layers: int) -> tuple[DecodePlan, float, list[dict[str, Any]]]:
-    """Decode; returns the plan, its host time, and of each step that of the update, if it planned, and events."""
-    import cupy
+class Loop:
+    """A decode loop, ready to take its steps."""
 
-    rows = new_rows(steps)
-    capacity = Capacity(TREE.batch_size, TREE.unique_tokens + rows.size)
-    begun = time.perf_counter()
-    plan = plan_decode(TREE, NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM, device="cuda", capacity=capacity)
-    first_us = 1e6 * (time.perf_counter() - begun)
-    schedule = plan.schedule
-    if not isinstance(schedule, GrowingSchedule):
-        raise RuntimeError("this GPU's plans are made anew after each step, expected compute capability 9.0")
-    q, out, caches = random_arrays(int(rows.max()) + 1, layers)
-    busy = cupy.empty(BUSY_BYTES, np.uint8)
-    plan.run(q, *caches[0], out)
-    done: list[dict[str, Any]] = []
-    for step in range(steps):
-        for _ in range(BUSY_FILLS):
-            busy.fill(step % 251)
-        events, made = [cupy.cuda.Event() for _ in range(3)], schedule.plan.made
-        events[0].record()
+    def __init__(self, steps: int, layers: int) -> None:
+        import cupy
+
+        self.rows = new_rows(steps)
+        capacity = Capacity(TREE.batch_size, TREE.unique_tokens + self.rows.size)
         begun = time.perf_counter()
-        plan.append(rows[step])
-        host_us = 1e6 * (time.perf_counter() - begun)
+        self.plan = plan_decode(TREE, NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM, device="cuda", capacity=capacity)
+        self.first_us = 1e6 * (time.perf_counter() - begun)
+        """Host time of the first plan."""
+        if not isinstance(self.plan.schedule, GrowingSchedule):
+            raise RuntimeError("this GPU's plans are made anew after each step, expected compute capability 9.0")
+        self._schedule = self.plan.schedule
+        self._q, self._out, self._caches = random_arrays(int(self.rows.max()) + 1, layers)
+        self._busy = cupy.empty(BUSY_BYTES, np.uint8)
+        self._run()
+
+    def _run(self) -> None:
+        for k, v in self._caches:
+            self.plan.run(self._q, k, v, self._out)
+
+    def timed_step(self, step: int) -> dict[str, Any]:
+        """Host time of a step's update, if it planned, and events before the runs, after them and after the update."""
+        import cupy
+
+        for _ in range(BUSY_FILLS):
+            self._busy.fill(step % 251)
+        events, made = [cupy.cuda.Event() for _ in range(3)], self._schedule.plan.made
+        events[0].record()
+        self._run()
         events[1].record()
-        for k, v in caches:
-            plan.run(q, k, v, out)
+        begun = time.perf_counter()
+        self.plan.append(self.rows[step])
+        host_us = 1e6 * (time.perf_counter() - begun)
         events[2].record()
-        done.append({"host_us": host_us, "planned": schedule.plan.made is not made, "events": events})
         cupy.cuda.get_current_stream().synchronize()
-    return plan, first_us, done
+        return {"host_us": host_us, "planned": self._schedule.plan.made is not made, "events": events}
+
+    def loop_us(self, grows: bool) -> tuple[float, float]:
+        """Time of all steps with updates or without, and that of the GPU between each step's first run and its last."""
+        import cupy
+
+        stream, events = cupy.cuda.get_current_stream(), []
+        stream.synchronize()
+        begun = time.perf_counter()
+        for rows in self.rows:
+            events.append((cupy.cuda.Event(), cupy.cuda.Event()))
+            events[-1][0].record()
+            self._run()
+            events[-1][1].record()
+            if grows:
+                self.plan.append(rows)
+            stream.synchronize()
+        loop = 1e6 * (time.perf_counter() - begun)
+        return loop, sum(1000 * cupy.cuda.get_elapsed_time(*pair) for pair in events)
 
 
 def random_arrays(pool_rows: int, layers: int) -> tuple[Any, Any, list[tuple[Any, Any]]]:
@@ -114,17 +146,19 @@ def random_arrays(pool_rows: int, layers: int) -> tuple[Any, Any, list[tuple[Any
 
 
 def measure(steps: int, layers: int) -> dict[str, Any]:
-    """One row: times of all steps."""
+    """One row: times of all steps, and of the loop."""
     import cupy
 
-    plan, first_us, done = decode_loop(steps, layers)
+    timed = Loop(steps, layers)
+    done = [timed.timed_step(step) for step in range(steps)]
     elapsed = cupy.cuda.get_elapsed_time
-    update_us = [1000 * elapsed(*step["events"][:2]) for step in done]
-    kernel_us = [1000 * elapsed(*step["events"][1:]) for step in done]
+    kernel_us = [1000 * elapsed(*step["events"][:2]) for step in done]
+    update_us = [1000 * elapsed(*step["events"][1:]) for step in done]
     host_us = [step["host_us"] for step in done]
-    edited = [step["host_us"] for step in done if not step["planned"]]
     planned = [step["host_us"] for step in done if step["planned"]]
-    total = first_us + sum(host_us)
+    total = timed.first_us + sum(host_us)
+    (grown_us, grown_gpu_us), (still_us, still_gpu_us) = (Loop(steps, layers).loop_us(grows) for grows in (True, False))
+    cost = (grown_us - grown_gpu_us) - (still_us - still_gpu_us)
     return {
         "tree": "1,16,64 x 1024,256,32",
         "heads": f"{NUM_QO_HEADS}/{NUM_KV_HEADS}",
@@ -132,11 +166,10 @@ def measure(steps: int, layers: int) -> dict[str, Any]:
         "dtype": "float16",
         "steps": steps,
         "layers": layers,
-        "plan": str(plan),
-        "first_plan_us": first_us,
+        "plan": str(timed.plan),
+        "first_plan_us": timed.first_us,
         "host_median_us": statistics.median(host_us),
-        "edit_median_us": statistics.median(edited) if edited else None,
-        "plan_median_us": statistics.median(planned) if planned else 0.0,
+        "plan_median_us": statistics.median(planned) if planned else None,
         "plans": len(planned),
         "host_total_us": total,
         "update_gpu_median_us": statistics.median(update_us),
@@ -144,6 +177,9 @@ def measure(steps: int, layers: int) -> dict[str, Any]:
         "kernel_median_us": statistics.median(kernel_us) / layers,
         "kernel_total_us": sum(kernel_us),
         "share": (total + sum(update_us)) / sum(kernel_us),
+        "loop_us": {"updates": grown_us, "no updates": still_us},
+        "loop_gpu_us": {"updates": grown_gpu_us, "no updates": still_gpu_us},
+        "loop_share": cost / grown_gpu_us,
         "steps_host_us": host_us,
         "steps_kernel_us": kernel_us,
     }
