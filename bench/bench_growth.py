@@ -11,8 +11,8 @@ the order in which requests need them.
 
 Two measurements. *Times*: the host's in `append`, and in `plan_decode` once; the GPU's between events around a step's
 runs and around an update, queued behind work that keeps the GPU busy until the host is done. *Loop*: nothing but runs
-and updates, and the wait for the GPU at each step's end; how much longer it takes than with no updates is what they
-cost, beyond slower or faster kernels.
+and updates, and the wait for the GPU at each step's end. By how much it takes longer than its kernels, less the same of
+a loop with no updates, is what updates cost where the host works while the GPU does.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"planning and updates {row['host_total_us'] / 1000:.1f} ms on the host, "
         f"{row['update_gpu_total_us'] / 1000:.2f} ms on the GPU, kernels {row['kernel_total_us'] / 1000:.1f} ms: "
         f"{100 * row['share']:.2f}%\n"
-        f"the loop takes {100 * row['loop_share']:.2f}% longer with updates"
+        f"updates make the loop {100 * row['loop_share']:.2f}% longer"
     )
     if args.output is not None:
         described = machine.describe("bench.bench_growth", arguments, args.commit) | machine.describe_gpu()
@@ -99,7 +99,7 @@ class Loop:
         for k, v in self._caches:
             self.plan.run(self._q, k, v, self._out)
 
-    def timed_step(self, step: int) -> dict[str, Any]:
+    def timed_step(self, step: int, grows: bool) -> dict[str, Any]:
         """Host time of a step's update, if it planned, and events before the runs, after them and after the update."""
         import cupy
 
@@ -110,29 +110,41 @@ class Loop:
         self._run()
         events[1].record()
         begun = time.perf_counter()
-        self.plan.append(self.rows[step])
+        if grows:
+            self.plan.append(self.rows[step])
         host_us = 1e6 * (time.perf_counter() - begun)
         events[2].record()
         cupy.cuda.get_current_stream().synchronize()
         return {"host_us": host_us, "planned": self._schedule.plan.made is not made, "events": events}
 
-    def loop_us(self, grows: bool) -> tuple[float, float]:
-        """Time of all steps with updates or without, and that of the GPU between each step's first run and its last."""
+    def loop_us(self, grows: bool) -> float:
+        """Time of all steps, with updates or without."""
         import cupy
 
-        stream, events = cupy.cuda.get_current_stream(), []
+        stream = cupy.cuda.get_current_stream()
         stream.synchronize()
         begun = time.perf_counter()
         for rows in self.rows:
-            events.append((cupy.cuda.Event(), cupy.cuda.Event()))
-            events[-1][0].record()
             self._run()
-            events[-1][1].record()
             if grows:
                 self.plan.append(rows)
             stream.synchronize()
-        loop = 1e6 * (time.perf_counter() - begun)
-        return loop, sum(1000 * cupy.cuda.get_elapsed_time(*pair) for pair in events)
+        return 1e6 * (time.perf_counter() - begun)
+
+
+def elapsed_us(done: Sequence[dict[str, Any]], first: int) -> list[float]:
+    """The GPU's time between two events of each step."""
+    import cupy
+
+    return [1000 * cupy.cuda.get_elapsed_time(*step["events"][first : first + 2]) for step in done]
+
+
+def loop_overhead(steps: int, layers: int, grows: bool) -> dict[str, float]:
+    """Time of a loop, of its kernels, and by which part the loop takes longer."""
+    timed = Loop(steps, layers)
+    kernel_us = sum(elapsed_us([timed.timed_step(step, grows) for step in range(steps)], 0))
+    loop_us = Loop(steps, layers).loop_us(grows)
+    return {"loop_us": loop_us, "kernel_us": kernel_us, "overhead": loop_us / kernel_us - 1}
 
 
 def random_arrays(pool_rows: int, layers: int) -> tuple[Any, Any, list[tuple[Any, Any]]]:
@@ -147,18 +159,13 @@ def random_arrays(pool_rows: int, layers: int) -> tuple[Any, Any, list[tuple[Any
 
 def measure(steps: int, layers: int) -> dict[str, Any]:
     """One row: times of all steps, and of the loop."""
-    import cupy
-
     timed = Loop(steps, layers)
-    done = [timed.timed_step(step) for step in range(steps)]
-    elapsed = cupy.cuda.get_elapsed_time
-    kernel_us = [1000 * elapsed(*step["events"][:2]) for step in done]
-    update_us = [1000 * elapsed(*step["events"][1:]) for step in done]
+    done = [timed.timed_step(step, grows=True) for step in range(steps)]
+    kernel_us, update_us = elapsed_us(done, 0), elapsed_us(done, 1)
     host_us = [step["host_us"] for step in done]
     planned = [step["host_us"] for step in done if step["planned"]]
     total = timed.first_us + sum(host_us)
-    (grown_us, grown_gpu_us), (still_us, still_gpu_us) = (Loop(steps, layers).loop_us(grows) for grows in (True, False))
-    cost = (grown_us - grown_gpu_us) - (still_us - still_gpu_us)
+    updates, no_updates = (loop_overhead(steps, layers, grows) for grows in (True, False))
     return {
         "tree": "1,16,64 x 1024,256,32",
         "heads": f"{NUM_QO_HEADS}/{NUM_KV_HEADS}",
@@ -177,9 +184,8 @@ def measure(steps: int, layers: int) -> dict[str, Any]:
         "kernel_median_us": statistics.median(kernel_us) / layers,
         "kernel_total_us": sum(kernel_us),
         "share": (total + sum(update_us)) / sum(kernel_us),
-        "loop_us": {"updates": grown_us, "no updates": still_us},
-        "loop_gpu_us": {"updates": grown_gpu_us, "no updates": still_gpu_us},
-        "loop_share": cost / grown_gpu_us,
+        "loop": {"updates": updates, "no updates": no_updates},
+        "loop_share": updates["overhead"] - no_updates["overhead"],
         "steps_host_us": host_us,
         "steps_kernel_us": kernel_us,
     }

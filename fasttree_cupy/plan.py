@@ -312,7 +312,7 @@ class DecodePlan:
             make, memory = self._run_operands(operands, work)
             self._last = None
             if plain and make is not None:
-                self._last = Repeat.of(operands, (q, k, v, out), memory, num_tokens, make)
+                self._last = Repeat.of(operands, (q, k, v, out), memory, make)
             if out is not None and lse is None:
                 return out
             with nullcontext() if work is None else work.launches():
@@ -422,7 +422,7 @@ class DecodePlan:
     def _run_again(self, q: Any, k: Any, v: Any, out: Any, scale: float, cap: float) -> bool:
         """Run like the last time if all but the addresses is as it was then; else nothing is done."""
         last = self._last
-        if last is None or last.memory is not self.memory or last.num_tokens != self.num_tokens:
+        if last is None or last.memory is not self.memory or last.rows < self.num_tokens:
             return False
         if last.sm_scale != scale or last.logit_cap != cap or (addresses := last.addresses(q, k, v, out)) is None:
             return False

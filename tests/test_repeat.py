@@ -205,6 +205,20 @@ def test_rows_that_a_plan_came_to_need_are_asked_for(gpu: FakeCuda, torch: Any) 
     assert gpu.hows == ["anew", "again"]
 
 
+def test_rows_of_a_pool_that_are_still_enough_are_not_asked_for_anew(gpu: FakeCuda, torch: Any) -> None:
+    given = tensors(torch)
+    rows = len(given["k"])
+    plan = ft.plan_decode(TREE, *LAYOUT, kv_indices=np.arange(TREE.unique_tokens))
+    given |= {name: torch.cat([given[name], given[name][:1]]) for name in ("k", "v")}
+    plan.run(**given)
+    plan.num_tokens = rows + 1  # as append does, each step of a decode loop
+    plan.run(**given)
+    assert gpu.hows == ["anew", "again"]
+    plan.num_tokens += 1
+    with pytest.raises(ValueError, match=f"k has {rows + 1} rows, expected {rows + 2} at least"):
+        plan.run(**given)
+
+
 def test_what_makes_arrays_is_launched_anew(gpu: FakeCuda, torch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arrays, "empty", lambda shape, dtype, _: torch.empty(shape, dtype=getattr(torch, dtype)))
     plan, given = ft.plan_decode(TREE, *LAYOUT), tensors(torch)

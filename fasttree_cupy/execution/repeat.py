@@ -22,8 +22,8 @@ class Repeat(NamedTuple):
     """
 
     memory: PlanMemory
-    num_tokens: int
-    """Rows that the plan needed."""
+    rows: int
+    """Of K and V."""
     framework: str
     """Of the arrays, on whose current stream it was queued."""
     sm_scale: float
@@ -38,7 +38,6 @@ class Repeat(NamedTuple):
         operands: Operands,
         given: Sequence[Any],
         memory: PlanMemory,
-        num_tokens: int,
         make: Callable[[], cuda.Relaunch],
     ) -> Repeat | None:
         """Remember a run.
@@ -49,7 +48,7 @@ class Repeat(NamedTuple):
             What ran: without LSE and scales, on the current stream.
         given : sequence of 4 array
             The arrays of which Q, K, V and O are views.
-        memory, num_tokens
+        memory : PlanMemory
             The plan's.
         make : callable
             From the schedule, see `Schedule.run`.
@@ -66,7 +65,7 @@ class Repeat(NamedTuple):
         if None in looks or not one_framework or any(v.pointer % cuda.VECTOR_BYTES for v in views):
             return None
         return cls(
-            memory, num_tokens, framework, operands.sm_scale, operands.logit_cap,
+            memory, operands.k.shape[0], framework, operands.sm_scale, operands.logit_cap,
             tuple(looks), make(),  # type: ignore[arg-type]  # there are four, and none is None
         )  # fmt: skip
 
