@@ -18,7 +18,7 @@ import numpy.typing as npt
 from numba import njit
 
 from fasttree_cupy.planning.dealing import MERGE_TOGETHER, Work, deal
-from fasttree_cupy.planning.machine import WorkerMachine
+from fasttree_cupy.planning.machine import WorkerMachine, WorkerRates
 from fasttree_cupy.planning.row_tiles import tile_segments, tile_tokens
 from fasttree_cupy.planning.subtree import _Layout, depth_first, lay_out
 from fasttree_cupy.tree import KVTree
@@ -157,22 +157,15 @@ def plan_layout(
         1 or 2.
     """
     batch = len(request_order)
-    size = 2.0 * head_dim * num_kv_heads * (2.0 * layout.seqlen.sum() + 2.0 * batch * group)
     candidates = []
     least, most = (-(-group // GROUP_ROWS), MOST_ROW_GROUPS) if row_groups is None else (row_groups, row_groups)
     for row_groups in range(least, most + 1):
-        requests = row_groups * GROUP_ROWS // group
-        tokens, together = tile_tokens(layout, batch, group, requests, row_groups)
         rates = machine.one_group if row_groups == 1 else machine.two_groups
-        step_tokens = STEP_TOKENS[row_groups]
-        step_us = rates.step * head_dim / 128
-        apart = rates.apart_step / rates.step
-        step_costs = apart + (1 - apart) * together / np.maximum(tokens, 1)
-        work = Work(-(-tokens // step_tokens), step_costs, num_kv_heads, rates.item / step_us)
-        estimate, pieces = deal(work, multiprocessors, step_us, size, machine)
-        candidates.append((estimate, row_groups, requests, tokens, pieces))
-    estimate, row_groups, requests, tokens, pieces = min(candidates, key=lambda candidate: candidate[0])
-    step_tokens = STEP_TOKENS[row_groups]
+        heads = (group, num_kv_heads, head_dim)
+        dealt = _deal(layout, batch, heads, row_groups, STEP_TOKENS[row_groups], multiprocessors, rates, machine)
+        candidates.append((*dealt, row_groups))
+    estimate, tokens, pieces, row_groups = min(candidates, key=lambda candidate: candidate[0])
+    requests, step_tokens = row_groups * GROUP_ROWS // group, STEP_TOKENS[row_groups]
     bounds, segments, starts = tile_segments(layout, batch, group, requests, row_groups, step_tokens)
     items, partials, merges, counters = _items(
         pieces, bounds, segments, starts, tokens, request_order, requests, step_tokens, head_dim
@@ -182,6 +175,29 @@ def plan_layout(
 
 
 # Compiled passes.
+
+
+@njit(cache=True)
+def _deal(
+    layout: _Layout,
+    batch: int,
+    heads: tuple[int, int, int],
+    row_groups: int,
+    step_tokens: int,
+    multiprocessors: int,
+    rates: WorkerRates,
+    machine: WorkerMachine,
+) -> tuple[float, Int64Array, Int64Array]:
+    """The cheapest way to deal out tiles of so many row groups: its estimate, tokens of the tiles, pieces."""
+    group, num_kv_heads, head_dim = heads
+    tokens, together = tile_tokens(layout, batch, group, row_groups * GROUP_ROWS // group, row_groups)
+    step_us = rates.step * head_dim / 128
+    apart = rates.apart_step / rates.step
+    step_costs = apart + (1 - apart) * together / np.maximum(tokens, 1)
+    work = Work(-(-tokens // step_tokens), step_costs, num_kv_heads, rates.item / step_us)
+    size = 2.0 * head_dim * num_kv_heads * (2.0 * layout.seqlen.sum() + 2.0 * batch * group)
+    estimate, pieces = deal(work, multiprocessors, step_us, size, machine)
+    return estimate, tokens, pieces
 
 
 @njit(cache=True)

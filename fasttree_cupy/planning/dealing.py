@@ -48,6 +48,7 @@ class Work(NamedTuple):
     item_steps: float
 
 
+@njit(cache=True)
 def deal(
     work: Work, multiprocessors: int, step_us: float, size: float, machine: WorkerMachine
 ) -> tuple[float, Int64Array]:
@@ -76,21 +77,30 @@ def deal(
     costs = work.steps * work.step_costs
     tiles = len(costs) * work.num_kv_heads
     memory_us = size / machine.hbm
-    shares = _SHARES if costs.sum() * work.num_kv_heads < _FEW_STEPS * multiprocessors else _SHARES[:1]
-    candidates = []
-    for workers in sorted({max(1, int(multiprocessors * share)) for share in shares}):
-        dealt = [_in_line(work, costs, workers)]
-        if tiles <= workers:
-            dealt.append(_each(work, costs, workers))
-        elif tiles <= _MANY_TILES * workers:
-            dealt.append(_whole(work, costs, workers))
-        for pieces in dealt:
+    is_small = costs.sum() * work.num_kv_heads < _FEW_STEPS * multiprocessors
+    best, cheapest, fewest = np.empty((0, 4), np.int64), np.inf, 0
+    for share in _SHARES:
+        workers = max(1, int(multiprocessors * share))
+        if share < 1 and not is_small:
+            break
+        for way in range(2):
+            if way == 1 and tiles > _MANY_TILES * workers:
+                continue
+            if way == 0:
+                pieces = _in_line(work, costs, workers)
+            elif tiles <= workers:
+                pieces = _each(work, costs, workers)
+            else:
+                pieces = _whole(work, costs, workers)
             busiest, most_pieces = _longest(work, pieces)
-            alone = len(pieces) == int(pieces[-1, 3]) + 1
-            candidates.append((estimate_us(busiest * step_us, memory_us, most_pieces, alone, machine), pieces))
-    return min(candidates, key=lambda candidate: candidate[0])
+            alone = len(pieces) == pieces[-1, 3] + 1
+            estimate = estimate_us(busiest * step_us, memory_us, most_pieces, alone, machine)
+            if estimate < cheapest or (estimate == cheapest and workers < fewest):
+                best, cheapest, fewest = pieces, estimate, workers
+    return cheapest, best
 
 
+@njit(cache=True)
 def estimate_us(busiest_us: float, memory_us: float, most_pieces: int, alone: bool, machine: WorkerMachine) -> float:
     """Estimated microseconds of a run.
 
@@ -112,9 +122,6 @@ def estimate_us(busiest_us: float, memory_us: float, most_pieces: int, alone: bo
     elif most_pieces > 1:
         cost += machine.merge + machine.merge_piece * most_pieces
     return float(cost)
-
-
-# Compiled passes.
 
 
 @njit(cache=True)
