@@ -43,7 +43,7 @@ Int32Array = npt.NDArray[np.int32]
 ALIGNMENT = 32
 """Elements: each array starts at a multiple of 128 bytes, a full memory transaction on every GPU."""
 PLAN_US = 380.0
-"""Host time of a new plan, in microseconds: that of the planner, and of copying it (bench/results/growth_h200.json)."""
+"""Host time of a new plan on an H200's host, in microseconds: that of the planner and the copy (bench/NOTES.md)."""
 CUT_US = 60.0
 """Host time of moving the cuts between pieces, in microseconds: an estimate, a fifth of a new plan's."""
 _INT32_MAX = 2**31 - 1
