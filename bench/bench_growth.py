@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"planning and updates {row['host_total_us'] / 1000:.1f} ms on the host, "
         f"{row['update_gpu_total_us'] / 1000:.2f} ms on the GPU, kernels {row['kernel_total_us'] / 1000:.1f} ms: "
         f"{100 * row['share']:.2f}%\n"
-        f"updates make the loop {100 * row['loop_share']:.2f}% longer"
+        f"updates make the loop {100 * row['loop_overhead_share']:.2f}% longer"
     )
     if args.output is not None:
         described = machine.describe("bench.bench_growth", arguments, args.commit) | machine.describe_gpu()
@@ -185,7 +185,7 @@ def measure(steps: int, layers: int) -> dict[str, Any]:
         "kernel_total_us": sum(kernel_us),
         "share": (total + sum(update_us)) / sum(kernel_us),
         "loop": {"updates": updates, "no updates": no_updates},
-        "loop_share": updates["overhead"] - no_updates["overhead"],
+        "loop_overhead_share": updates["overhead"] - no_updates["overhead"],
         "steps_host_us": host_us,
         "steps_kernel_us": kernel_us,
     }

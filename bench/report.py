@@ -155,8 +155,9 @@ def _provenance(document: dict[str, Any]) -> str:
     return (
         f"Speed over each peer, geometric means; {first['dtype']}, head_dim {first['head_dim']}. "
         f"{about['gpu']} (reads {about['bandwidth'] / 1e12:.2f} TB/s, {about['matrix_rate'] / 1e12:.0f} TFLOP/s in "
-        f"float16), commit {(about['commit'] or 'unknown')[:10]}, {about['date']}. Medians with a cold L2; every "
-        f"output was checked against float64 before it was timed. Of several tile settings the best counts."
+        f"float16), commit {(about['commit'] or 'unknown')[:10]}, {about['date']}. Medians with a cold L2; of "
+        f"every output, {first['checked_requests']} requests were checked against float64 before it was timed. "
+        f"Of several tile settings the best counts."
     )
 
 

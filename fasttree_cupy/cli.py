@@ -5,6 +5,7 @@ documented heuristic plans it, ``tune`` fits the planners' constants to the GPU,
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -104,16 +105,26 @@ def tune_command(args: argparse.Namespace) -> tuple[list[Row], int]:
     device = device_index(resolve_device("cuda"))
     gpu = gpu_of(device)
     if args.show:
+        if args.quick or args.output is not None:
+            raise ValueError("--show is given with --quick or --output, expected it alone: it measures nothing")
         return show_rows(gpu.name, chosen(device)), 0
+    path = tuned_file(gpu) if args.output is None else Path(args.output)
+    check_writable(path)
     # From built-in constants, so that a second run does not depend on the first.
     start, _ = built_in(gpu.name, gpu.multiprocessors)
     fits = tune(device, start, args.quick)
-    path = None
-    if any(fit.accepted for fit in fits.values()):
-        path = tuned_file(gpu) if args.output is None else Path(args.output)
+    accepted = any(fit.accepted for fit in fits.values())
+    if accepted:
         write(path, gpu, fits, {"version": __version__, "cuda_driver": driver_version()})
         chosen.cache_clear()
-    return tune_rows(gpu.name, start, fits, path), 0
+    return tune_rows(gpu.name, start, fits, path if accepted else None), 0
+
+
+def check_writable(path: Path) -> None:
+    """Raise ValueError where no file can be written, before anything is measured for it."""
+    folder = next(each for each in path.absolute().parents if each.exists())
+    if not path.name or path.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise ValueError(f"--output is {str(path)!r}, expected a file in a folder that can be written to")
 
 
 def info_command(args: argparse.Namespace) -> tuple[list[Row], int]:
@@ -121,7 +132,12 @@ def info_command(args: argparse.Namespace) -> tuple[list[Row], int]:
     return info_rows(), 0
 
 
-COMMANDS = {"demo": demo_command, "plan": plan_command, "tune": tune_command, "info": info_command}
+COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[list[Row], int]]] = {
+    "demo": demo_command,
+    "plan": plan_command,
+    "tune": tune_command,
+    "info": info_command,
+}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -145,7 +161,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_problem(plan)
     plan.add_argument("--gpu", default="H100", choices=PRESETS, help="whose tile sizes and thresholds (H100)")
     plan.add_argument("--plot", metavar="FILE", help="draw the tree and its vnodes into this SVG file")
-    tuning = commands.add_parser("tune", help="measure the GPU and fit the planners' constants to it; takes a minute")
+    tuning = commands.add_parser("tune", help="measure the GPU and fit the planners' constants to it")
     tuning.add_argument("--output", metavar="FILE", help="write here, not to the cache folder, where plans look")
     tuning.add_argument("--quick", action="store_true", help="measure less")
     tuning.add_argument("--show", action="store_true", help="only show the constants in use and where they come from")
@@ -259,7 +275,7 @@ def tune_rows(name: str, start: Constants, fits: Mapping[str, Fit[Any]], path: P
         before, after = numbers_of(getattr(start, field)), numbers_of(fit.machine)
         rows += [(f"{field}: {each}", number(before[each]), number(after[each])) for each in before]
         rows.append((f"{field}: error", *map(percent, fit.errors), f"root mean square, of {fit.samples} times"))
-        verdict = "accepted" if fit.accepted else "not better: the built-in constants stay"
+        verdict = "accepted" if fit.accepted else "not better than the built-in constants"
         rows.append((f"{field}: loss by choice", *map(percent, fit.losses), verdict))
     return [
         *rows,

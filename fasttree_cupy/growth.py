@@ -101,8 +101,8 @@ class Growth:
             self._made = self._make(*self.tree.snapshot(), self.tree.live)
         return self._made
 
-    def append(self, rows: Any, requests: Any, stream: Any, memory: PlanMemory) -> int:
-        """See `DecodePlan.append`; returns the highest new row, -1 where there is none."""
+    def append(self, rows: Any, requests: Any, stream: Any, memory: PlanMemory, need: Callable[[int], None]) -> None:
+        """See `DecodePlan.append`; says how many rows are needed from then on, before any run may read them."""
         slots = self.tree.live if requests is None else self._slots(requests, once=True)
         added, most = checked_new_rows(rows, len(slots))
         tokens = self.tree.tokens + added.size
@@ -113,11 +113,11 @@ class Growth:
             )
 
         def change() -> bool:
+            need(most + 1)
             self.tree.append(slots, added)
             return self._following is not None and self._following.plan.append(slots, added)
 
         self._follow(change, stream, memory)
-        return most
 
     def fork(self, requests: Any, stream: Any, memory: PlanMemory) -> Int32Array:
         """See `DecodePlan.fork`."""
@@ -166,8 +166,7 @@ class Growth:
                 self._turns.wait(work)
                 self._following.follow(change(), memory, work)
                 self._turns.end(work)
-            if memory.borrowed or memory.home != work.handle:
-                work.keep_borrowed((memory.workspace,) if memory.borrowed else (), memory, memory.home)
+            work.keep_borrowed((memory.workspace,) if memory.borrowed else (), memory, memory.home)
 
     def _slots(self, requests: Any, once: bool) -> Int32Array:
         """`requests` as int32, live slots; each named once if so asked."""

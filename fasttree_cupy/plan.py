@@ -355,8 +355,7 @@ class DecodePlan:
         RuntimeError
             The plan was made with ``place=False`` and is not placed yet.
         """
-        most = self._growing().append(rows, requests, stream, self._placed())
-        self.num_tokens = max(self.num_tokens, most + 1)
+        self._growing().append(rows, requests, stream, self._placed(), self._need)
 
     def fork(self, requests: Any, *, stream: Any = None) -> npt.NDArray[np.int32]:
         """Make requests that share every token so far of their parents; what is appended later is each one's own.
@@ -398,6 +397,9 @@ class DecodePlan:
         """
         self._growing().finish(requests, stream, self._placed())
 
+    def _need(self, rows: int) -> None:
+        self.num_tokens = max(self.num_tokens, rows)
+
     def _growing(self) -> Growth:
         if self._growth is None:
             raise ValueError("the plan's tree cannot grow, expected a plan made by plan_decode(..., capacity=...)")
@@ -429,7 +431,7 @@ class DecodePlan:
         if self._growth is not None:
             self._growth.framework = last.framework
         work = streams.WorkStream.of(None, last.framework, self._place[1])
-        self._queue(partial(last.launch, addresses), last.memory, (), work)
+        self._queue(partial(last.launch, addresses), last.rows, last.memory, (), work)
         return True
 
     def _run_operands(
@@ -439,17 +441,23 @@ class DecodePlan:
         schedule, memory = self._ready(work)
         if work is None:
             return schedule.run(operands, memory, None), memory
-        return self._queue(partial(schedule.run, operands, memory), memory, operands.views(), work), memory
+        rows, queue = operands.k.shape[0], partial(schedule.run, operands, memory)
+        return self._queue(queue, rows, memory, operands.views(), work), memory
 
     def _queue(
         self,
         queue: Callable[[streams.WorkStream], Made],
+        rows: int,
         memory: PlanMemory,
         borrowed: Sequence[ArrayView],
         work: streams.WorkStream,
     ) -> Made:
-        """Queue a run, in turn with the plan's other runs and changes, and hold what it reads as long as needed."""
+        """Queue a run, in turn with the plan's other runs and changes, and hold what it reads as long as needed.
+
+        K's `rows` are enough unless the tree has grown in another thread meanwhile.
+        """
         with self._turns.lock:
+            self._check_rows(rows, self.num_tokens)
             if memory.shared:
                 self._turns.wait(work)
             made = queue(work)
@@ -465,12 +473,15 @@ class DecodePlan:
             return
         check_inputs({"q": q, "k": k, "v": v}, float8=True)
         check_same("q", "shape", q.shape, (self.batch_size, self.num_qo_heads, self.head_dim))
-        if self.from_pool and k.shape[0] < num_tokens:
-            raise ValueError(f"k has {k.shape[0]} rows, expected {num_tokens} at least, as kv_indices asks for")
+        self._check_rows(k.shape[0], num_tokens)
         rows = k.shape[0] if self.from_pool else num_tokens
         check_same("k", "shape", k.shape, (rows, self.num_kv_heads, self.head_dim))
         self.schedule.check(q, k, v)
         self._checked_inputs = inputs
+
+    def _check_rows(self, rows: int, num_tokens: int) -> None:
+        if self.from_pool and rows < num_tokens:
+            raise ValueError(f"k has {rows} rows, expected {num_tokens} at least, as kv_indices asks for")
 
     def _check_output(self, out: ArrayView, q: ArrayView) -> None:
         """Check the caller's output against the queries, unless the last run's were like them."""

@@ -9,6 +9,7 @@ import pytest
 
 import fasttree_cupy as ft
 from fasttree_cupy.planning import growing, growing_passes
+from fasttree_cupy.planning.balanced import ITEM_FIELDS, STEP_TOKENS
 from fasttree_cupy.planning.growing import GrowingPlan
 from fasttree_cupy.planning.growing_tree import GrowingTree
 from fasttree_cupy.planning.machine import H200_WORKERS
@@ -140,6 +141,25 @@ def test_drift_is_cut_away() -> None:
     growing_passes._weigh(plan._state)
     anew = GrowingPlan(growing_tree, 4, 8, 128, 132, H200_WORKERS)
     assert plan._state.loads.max() <= anew._state.loads.max() + 2
+
+
+def test_cuts_are_at_whole_steps() -> None:
+    """Of short tiles in many pieces, whose cuts move whenever they can."""
+    tree = ft.KVTree.from_levels([1, 3], [700, 90])
+    growing_tree = GrowingTree(tree, np.arange(tree.unique_tokens, dtype=np.int32), ft.Capacity(3, 2000))
+    with mock.patch.object(growing, "PLAN_US", 1e9), mock.patch.object(growing, "CUT_US", 0.1):
+        plan = GrowingPlan(growing_tree, 4, 8, 128, 132, H200_WORKERS)
+    state, cuts = plan._state, set()
+    for step in range(200):
+        new = (1000 + 200 * np.arange(3) + step).astype(np.int32)[:, None]
+        growing_tree.append(growing_tree.live, new)
+        assert plan.append(growing_tree.live, new)
+        for first, count in state.units[: state.numbers[growing_passes._USED_TILES] * 8]:
+            items = state.pieces[first : first + count - 1, 0]
+            tokens = plan.packed[plan.sizes.items_at + 16 * items + ITEM_FIELDS.index("tokens")]
+            assert not (tokens % STEP_TOKENS[plan.row_groups]).any()
+            cuts.add(tuple(tokens.tolist()))
+    assert len(cuts) > 1  # they have moved
 
 
 def test_drift_that_no_cut_ends_is_paid_for_and_ends_in_a_new_plan() -> None:

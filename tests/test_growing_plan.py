@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import fasttree_cupy as ft
+from fasttree_cupy.execution import edits
 from fasttree_cupy.execution.growing import GrowingSchedule
 from fasttree_cupy.execution.schedule import BalancedSchedule
 from fasttree_cupy.planning import growing
@@ -376,6 +378,30 @@ def test_sizes_of_a_growing_schedule_are_exact() -> None:
     assert [items, segments, order] == [
         memory.pointers[0] + 4 * at for at in (0, plan.sizes.segments_at, plan.sizes.order_at)
     ]
+
+
+def test_many_edits_are_several_launches() -> None:
+    """Each with its own part of them, and the array's address, where struct EditPlanParams has them."""
+    seen: list[tuple[Any, int, Any]] = []
+
+    def launch(grid: Any, params: Any) -> None:
+        packed, count, padding = np.frombuffer(params.tobytes()[:16], "<u8,<i4,<i4")[0]
+        part = np.frombuffer(params.tobytes()[16:], np.int32).reshape(-1, 2)
+        assert len(part) == 510
+        assert padding == 0
+        seen.append((grid, int(packed), part[:count].copy()))
+
+    wanted = np.arange(2 * 1100, dtype=np.int32).reshape(-1, 2)
+    launch.block = (128, 1, 1)  # type: ignore[attr-defined]
+    stream = SimpleNamespace(device=0, launches=nullcontext)
+    with mock.patch.multiple(edits, edit_launch=lambda _: launch, PinnedRing=mock.DEFAULT):
+        changes = edits.Edits()
+        changes.edit(0x1000, wanted[:0], stream)
+        assert not seen
+        changes.edit(0x1000, wanted, stream)
+    assert [grid for grid, _, _ in seen] == [(4, 1, 1), (4, 1, 1), (1, 1, 1)]
+    assert {packed for _, packed, _ in seen} == {0x1000}
+    np.testing.assert_array_equal(np.concatenate([part for _, _, part in seen]), wanted)
 
 
 @GPU

@@ -16,6 +16,7 @@ import fasttree_cupy as ft
 from fasttree_cupy.execution import arrays, cuda, streams
 from fasttree_cupy.execution.arrays import address_of_alike
 from fasttree_cupy.execution.plan_memory import MemoryNeeds
+from fasttree_cupy.execution.schedule import BalancedSchedule
 from fasttree_cupy.planning.machine import H200, H200_WORKERS, Constants
 from tests.test_serving import namespace, random_arrays
 
@@ -219,6 +220,24 @@ def test_rows_of_a_pool_that_are_still_enough_are_not_asked_for_anew(gpu: FakeCu
         plan.run(**given)
 
 
+def test_rows_that_another_thread_came_to_need_are_asked_for_in_turn(gpu: FakeCuda, torch: Any) -> None:
+    given = tensors(torch)
+    rows = len(given["k"])
+    plan = ft.plan_decode(TREE, *LAYOUT, kv_indices=np.arange(TREE.unique_tokens))
+    plan.run(**given)
+
+    def append_meanwhile(framework: str) -> Any:
+        plan.num_tokens = rows + 1
+        return current(framework)
+
+    current = streams.current_stream_of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streams, "current_stream_of", append_meanwhile)
+        with pytest.raises(ValueError, match=f"k has {rows} rows, expected {rows + 1} at least"):
+            plan.run(**given)
+    assert gpu.hows == ["anew"]
+
+
 def test_what_makes_arrays_is_launched_anew(gpu: FakeCuda, torch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arrays, "empty", lambda shape, dtype, _: torch.empty(shape, dtype=getattr(torch, dtype)))
     plan, given = ft.plan_decode(TREE, *LAYOUT), tensors(torch)
@@ -279,8 +298,18 @@ def bits(array: Any) -> Any:
 @pytest.mark.gpu
 @pytest.mark.parametrize("framework", ["cupy", "torch"])
 @pytest.mark.parametrize("where", ["same", "new thread", "another stream"])
-def test_repeats_compute_what_first_runs_do(where: str, framework: str, request: pytest.FixtureRequest) -> None:
+def test_repeats_compute_what_first_runs_do(
+    where: str, framework: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cupy = namespace("gpu")
+    again: list[int] = []
+    relaunch = cuda.Relaunch.__call__
+
+    def counted(launch: cuda.Relaunch, addresses: Any, stream: streams.WorkStream) -> None:
+        again.append(stream.handle)
+        relaunch(launch, addresses, stream)
+
+    monkeypatch.setattr(cuda.Relaunch, "__call__", counted)
     plan = ft.plan_decode(CUT, *LAYOUT, device="cuda")
     given = gpu_arrays(framework, 3, request)
     expected = [plan.run(*each) for each in given]  # without an output: no repeats
@@ -311,6 +340,8 @@ def test_repeats_compute_what_first_runs_do(where: str, framework: str, request:
     cupy.cuda.Device().synchronize()
     for i, out in enumerate(outs):
         np.testing.assert_array_equal(bits(out), bits(expected[i % 3]))
+    if BalancedSchedule.problem("cuda:0", LAYOUT[0] // LAYOUT[1], LAYOUT[2]) is None:
+        assert len(again) >= len(outs) - 2  # the first run is anew, and a new thread's first too
 
 
 @pytest.mark.gpu

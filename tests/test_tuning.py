@@ -21,6 +21,7 @@ from fasttree_cupy.execution import cuda
 from fasttree_cupy.execution.device import gpu_problem
 from fasttree_cupy.execution.schedule import BalancedSchedule, SubtreeSchedule
 from fasttree_cupy.plan import make_schedule
+from fasttree_cupy.planning import balanced
 from fasttree_cupy.planning.machine import COST_MODEL, H200, H200_WORKERS, Constants, WorkerMachine, built_in
 from fasttree_cupy.tuning import fit as fitting
 from fasttree_cupy.tuning import measure, store
@@ -209,7 +210,7 @@ def test_a_write_that_fails_leaves_the_old_file(monkeypatch: pytest.MonkeyPatch)
         ({"constants": {"items": [1.0]}}, "its constants are not hbm, l2, own_step"),
         *(
             ({"constants": {"items": numbers_of(H200) | {"l2": wrong}}}, f"its l2 is {wrong!r}, expected a positive")
-            for wrong in (0.0, -1.0, float("nan"), float("inf"), "1", None, True)
+            for wrong in (0.0, -1.0, float("nan"), float("inf"), 10**400, "1", None, True)
         ),
     ],
 )
@@ -279,6 +280,8 @@ def test_an_h200_has_its_own_constants() -> None:
         ("NVIDIA A100-SXM4-80GB", 108, 2.039 / 4.8, "bandwidth of A100-SXM4-80GB;"),
         ("NVIDIA A100-PCIE-40GB", 108, 1.555 / 4.8, "bandwidth of A100;"),
         ("NVIDIA L4", 58, 58 / 132, "multiprocessors;"),
+        ("NVIDIA GH200 480GB", 132, 1.0, "multiprocessors;"),
+        ("NVIDIA H200 MIG 1g.18gb", 16, 16 / 132, "multiprocessors;"),
     ],
 )
 def test_other_gpus_are_scaled(name: str, multiprocessors: int, memory: float, part: str) -> None:
@@ -344,6 +347,12 @@ def test_tuning_fits_the_planners_that_serve_the_gpu(
         assert each.errors[1] < 0.02 < each.errors[0]
 
 
+def test_a_plan_is_made_where_every_estimate_is_infinite() -> None:
+    machine = H200_WORKERS._replace(hbm=1e-80)
+    made = balanced.plan(ft.KVTree.from_levels([1, 9], [300, 40]), 4, 2, 128, 132, machine)
+    assert made.items[:, 3].sum() > 0
+
+
 def test_a_gpu_without_a_cost_model_is_not_tuned(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "compute_capability", lambda _: 75)
     with pytest.raises(ValueError, match=r"there is nothing to tune: compute capability 7\.5 has no"):
@@ -377,7 +386,7 @@ def test_the_command_writes_what_plans_then_use(fits: dict[str, Fit[Any]], capsy
     assert constants_of(0).workers == H200_WORKERS
     assert cli.main(["tune"]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"items: loss by choice +3.0% +1.0% +not better: the built-in constants stay", printed)
+    assert re.search(r"items: loss by choice +3.0% +1.0% +not better than the built-in constants", printed)
     assert re.search(r"workers: error +20.0% +5.0% +root mean square, of 100 times", printed)
     assert str(store.tuned_file(GPU)) in printed
     assert constants_of(0) == Constants(H200, fits["workers"].machine)
@@ -395,6 +404,24 @@ def test_the_command_writes_elsewhere(
     assert str(path) in capsys.readouterr().out
     assert store.read(path, GPU, CONSTANTS).constants.workers == fits["workers"].machine
     assert constants_of(0).workers == H200_WORKERS
+
+
+@pytest.mark.parametrize("output", ["", ".", "/dev/null/constants.json"])
+def test_where_nothing_can_be_written_nothing_is_measured(
+    output: str, gpu: Gpu, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "tune", lambda *_: pytest.fail("it was measured"))
+    monkeypatch.setattr(cli, "resolve_device", lambda _: "cuda:0")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["tune", "--output", output])
+    assert "expected a file in a folder that can be written to" in capsys.readouterr().err
+
+
+def test_show_stands_alone(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cli, "resolve_device", lambda _: "cuda:0")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["tune", "--show", "--quick"])
+    assert "expected it alone" in capsys.readouterr().err
 
 
 def test_the_command_writes_nothing_where_nothing_is_better(

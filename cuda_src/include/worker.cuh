@@ -78,7 +78,7 @@ struct Shared {
     alignas(128) unsigned char raw_k[kRawStages][kRawBytes];  // float8 rows, as they come
     alignas(128) unsigned char raw_v[kRawStages][kRawBytes];
 #endif
-    float exchange[kTokenGroups == 2 ? kOutputs * kGroupThreads : 1];  // accumulators of the second token group
+    float exchange[kTokenGroups == 2 ? kOutputs * kGroupThreads : 1];  // accumulators that one group hands over
     SoftmaxState exchange_state[kTokenGroups == 2 ? kGroupRows : 1];
     TileView view[kViewLaps * kKeyStages];
     u16 visible[kViewLaps * kKeyStages][kTileTokens];

@@ -112,8 +112,8 @@ class KernelConfig:
     tile : MmaTile or None
         Tile shape; only ``stage1_mma`` has one.
     block_warps, stages : int
-        Warps of a block of ``tree_decode``, and tiles in the ring of each; ``tree_decode_sm90`` has `WORKER_STAGES`.
-        The other kernels leave them 0.
+        Warps of a block of ``tree_decode`` and ``tree_decode_sm90``, and tiles in the ring of each of the former's; the
+        latter has `WORKER_STAGES`. The other kernels leave them 0.
     soft_cap : bool
         Whether scores are capped. A kernel that asks this of every score at run time spends more on the question than
         on the products.
@@ -248,7 +248,7 @@ def worker_shared_bytes(head_dim: int, row_groups: int, float8: bool) -> int:
     tokens = worker_tile_tokens(row_groups, float8)
     rings = (keys + values) * tokens * head_dim * 2 + raw * 2 * tokens * head_dim
     queries = 2 * row_groups * WORKER_GROUP_ROWS * head_dim * 2
-    # The second token group's accumulators and softmax states; with two row groups there is none.
+    # Accumulators and softmax states that one token group hands to the other; with two row groups one of each.
     exchange = WORKER_GROUP_ROWS * (head_dim * 4 + 8) if row_groups == 1 else 4 + 8
     # Views of whole laps of the ring of keys, see worker.cuh.
     laps = -(-(keys + (raw + 1 if float8 else 0) + 2 // row_groups) // keys)

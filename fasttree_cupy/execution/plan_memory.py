@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fasttree_cupy.alignment import TRANSACTION_BYTES
 from fasttree_cupy.execution.arrays import ArrayView, aligned_empty, view
 from fasttree_cupy.execution.streams import WorkStream
 from fasttree_cupy.execution.upload import packed_size, upload
@@ -18,8 +19,6 @@ __all__ = ["WORKSPACE_ALIGNMENT", "MemoryNeeds", "PlanMemory", "clear"]
 
 WORKSPACE_ALIGNMENT = 16
 """Bytes: a workspace starts at a multiple of this, as the kernels read partial outputs in pieces of this size."""
-PART_ALIGNMENT = 128
-"""Bytes: each part of a workspace starts at a multiple of this after its start, a full memory transaction."""
 ELEMENT_BYTES = 4
 """Of float32 and int32, which everything here is."""
 
@@ -94,7 +93,7 @@ class MemoryNeeds:
         self._parts: list[tuple[int, tuple[int, ...], str]] = []  # offset, shape, dtype
         self.workspace_bytes = 0
         for shape, dtype in ((mid_shape, "float32"), (mid_shape[:2], "float32"), ((counters,), "int32")):
-            offset = -(-self.workspace_bytes // PART_ALIGNMENT) * PART_ALIGNMENT
+            offset = -(-self.workspace_bytes // TRANSACTION_BYTES) * TRANSACTION_BYTES
             self._parts.append((offset, shape, dtype))
             if prod(shape):
                 self.workspace_bytes = offset + ELEMENT_BYTES * prod(shape)

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fasttree_cupy.alignment import TRANSACTION_BYTES
+
 __all__ = ["pack", "packed_size", "place_schedule", "upload"]
 
-ALIGNMENT = 32
-"""Elements: each array starts at a multiple of 128 bytes, a full memory transaction on every GPU."""
+ALIGNMENT = TRANSACTION_BYTES // 4
+"""Elements at a multiple of which each array starts."""
 
 
 def packed_size(arrays: Sequence[npt.NDArray[np.int32]]) -> int:

@@ -95,7 +95,7 @@ def deal(
             busiest, most_pieces = _longest(work, pieces)
             alone = len(pieces) == pieces[-1, 3] + 1
             estimate = estimate_us(busiest * step_us, memory_us, most_pieces, alone, machine)
-            if estimate < cheapest or (estimate == cheapest and workers < fewest):
+            if len(best) == 0 or estimate < cheapest or (estimate == cheapest and workers < fewest):
                 best, cheapest, fewest = pieces, estimate, workers
     return cheapest, best
 

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fasttree_cupy.alignment import TRANSACTION_BYTES
 from fasttree_cupy.capacity import Capacity
 from fasttree_cupy.planning import growing_passes as passes
 from fasttree_cupy.planning.balanced import (
@@ -40,12 +41,12 @@ __all__ = ["GrowingPlan", "Sizes"]
 
 Int32Array = npt.NDArray[np.int32]
 
-ALIGNMENT = 32
-"""Elements: each array starts at a multiple of 128 bytes, a full memory transaction on every GPU."""
+ALIGNMENT = TRANSACTION_BYTES // 4
+"""Elements at a multiple of which each array starts."""
 PLAN_US = 380.0
 """Host time of a new plan on an H200's host, in microseconds: that of the planner and the copy (bench/NOTES.md)."""
 CUT_US = 60.0
-"""Host time of moving the cuts between pieces, in microseconds: an estimate, a fifth of a new plan's."""
+"""Host time of moving the cuts between pieces, in microseconds: an estimate, not measured on an H200's host."""
 _INT32_MAX = 2**31 - 1
 
 

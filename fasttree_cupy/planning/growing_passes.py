@@ -386,7 +386,8 @@ def _cut(s: PlanState, tile: int) -> None:
             worker, at = s.pieces[first + i, _WORKER], _item_at(n, s.pieces[first + i, _ITEM])
             exact += s.packed[at + _TOKENS] + (mean - s.loads[worker]) / step_cost * n[_STEP_TOKENS]
             end = int(np.rint(exact / n[_STEP_TOKENS])) * n[_STEP_TOKENS]
-            end = max(begin + n[_STEP_TOKENS], min(end, tokens - (count - 1 - i) * n[_STEP_TOKENS]))
+            most = (tokens // n[_STEP_TOKENS] - (count - 1 - i)) * n[_STEP_TOKENS]
+            end = max(begin + n[_STEP_TOKENS], min(end, most))
             if i == count - 1:
                 end = tokens
             s.loads[worker] += (end - begin - s.packed[at + _TOKENS]) * step_cost / n[_STEP_TOKENS]

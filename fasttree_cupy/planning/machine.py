@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 __all__ = ["COST_MODEL", "H200", "H200_WORKERS", "Constants", "Machine", "WorkerMachine", "WorkerRates", "built_in"]
@@ -158,7 +159,8 @@ def built_in(name: str, multiprocessors: int) -> tuple[Constants, str]:
     origin : str
         What they are, in words.
     """
-    part = next((part for part in _BANDWIDTHS if part in name), None)
+    whole = "MIG" not in name  # a slice has a part of the bandwidth
+    part = next((part for part in _BANDWIDTHS if whole and re.search(rf"\b{part}\b", name)), None)
     size = multiprocessors / H200.multiprocessors
     memory = size if part is None else _BANDWIDTHS[part] / _BANDWIDTHS["H200"]
     items = H200._replace(multiprocessors=float(multiprocessors), hbm=H200.hbm * memory, l2=H200.l2 * size)

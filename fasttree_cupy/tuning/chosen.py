@@ -41,7 +41,7 @@ def chosen(device: int) -> Chosen:
         tuned = read(path, gpu, constants)
     except FileNotFoundError:
         return Chosen(constants, origin, path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         warnings.warn(
             f"{path} is not used: {error}; built-in constants are. Run `fasttree-cupy tune` anew, or delete the file",
             UserWarning,

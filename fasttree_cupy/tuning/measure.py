@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from fasttree_cupy.execution import arrays, streams
 from fasttree_cupy.execution.operands import Operands
 from fasttree_cupy.execution.schedule import BalancedSchedule, Schedule, SubtreeSchedule
-from fasttree_cupy.planning.machine import Constants, Machine, WorkerMachine
+from fasttree_cupy.planning.machine import Constants
 from fasttree_cupy.tree import KVTree
 from fasttree_cupy.tuning.fit import Fit, Measured, fit
-from fasttree_cupy.tuning.samples import HEAD_DIM, ItemSample, Problem, WorkerSample, item_samples, worker_samples
+from fasttree_cupy.tuning.samples import HEAD_DIM, Problem, item_samples, worker_samples
 from fasttree_cupy.tuning.timing import time_cold
 
 __all__ = ["problems", "tune"]
+
+S = TypeVar("S")
 
 _TREES = (
     ([1, 10], [4000, 400]),
@@ -72,37 +74,37 @@ def tune(device: int, start: Constants, quick: bool = False) -> dict[str, Fit[An
         raise ValueError(f"there is nothing to tune: {problem}")
     with streams.use_device(device):
         timer = Timer(device, _QUICK_REPEATS if quick else _REPEATS)
-        fits: dict[str, Fit[Any]] = {"items": fit(start.items, *time_items(problems(quick), start.items, timer, place))}
+        items = time_all(
+            problems(quick),
+            lambda problem: item_samples(problem, start.items),
+            lambda problem, sample: SubtreeSchedule(sample.plan, problem.num_qo_heads, HEAD_DIM, place),
+            timer,
+        )
+        fits: dict[str, Fit[Any]] = {"items": fit(start.items, *items)}
         if BalancedSchedule.problem(place, 1, HEAD_DIM) is None:
-            workers = int(start.items.multiprocessors)
-            fits["workers"] = fit(start.workers, *time_workers(problems(quick), start.workers, workers, timer, place))
+            workers = time_all(
+                problems(quick),
+                lambda problem: worker_samples(problem, int(start.items.multiprocessors), start.workers),
+                lambda _, sample: BalancedSchedule(sample.plan, HEAD_DIM, place),
+                timer,
+            )
+            fits["workers"] = fit(start.workers, *workers)
     return fits
 
 
-def time_items(
-    given: Sequence[Problem], machine: Machine, timer: Timer, place: str
-) -> tuple[list[ItemSample], list[Measured]]:
-    """Plans of ``subtree`` and their times."""
-    samples: list[ItemSample] = []
+def time_all(
+    given: Sequence[Problem],
+    samples_of: Callable[[Problem], Iterable[S]],
+    schedule_of: Callable[[Problem, S], Schedule],
+    timer: Timer,
+) -> tuple[list[S], list[Measured]]:
+    """Samples of each problem, and the times of their plans."""
+    samples: list[S] = []
     times: list[Measured] = []
     for number, problem in enumerate(given):
-        made = list(item_samples(problem, machine))
-        schedules = [SubtreeSchedule(each.plan, problem.num_qo_heads, HEAD_DIM, place) for each in made]
+        made = list(samples_of(problem))
         samples += made
-        times += [Measured(number, us) for us in timer.times_us(problem, schedules)]
-    return samples, times
-
-
-def time_workers(
-    given: Sequence[Problem], machine: WorkerMachine, workers: int, timer: Timer, place: str
-) -> tuple[list[WorkerSample], list[Measured]]:
-    """Plans of ``balanced`` and their times."""
-    samples: list[WorkerSample] = []
-    times: list[Measured] = []
-    for number, problem in enumerate(given):
-        made = list(worker_samples(problem, workers, machine))
-        schedules = [BalancedSchedule(each.plan, HEAD_DIM, place) for each in made]
-        samples += made
+        schedules = [schedule_of(problem, each) for each in made]
         times += [Measured(number, us) for us in timer.times_us(problem, schedules)]
     return samples, times
 

@@ -143,5 +143,6 @@ def item_samples(problem: Problem, machine: Machine) -> Iterator[ItemSample]:
 
 
 def item_plan(problem: Problem, machine: Machine, shape: TileShape, limit: int) -> SubtreePlan:
+    """The plan of `subtree` for one tile shape and limit."""
     tree, heads, kv_heads = problem
     return subtree.plan(tree, heads // kv_heads, kv_heads, HEAD_DIM, machine, shapes=[shape], limits=[limit])

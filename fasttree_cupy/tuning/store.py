@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import sys
@@ -137,6 +136,6 @@ def checked(machine: M, numbers: Any) -> M:
     if not isinstance(numbers, dict) or numbers.keys() != names:
         raise ValueError(f"its constants are not {', '.join(names)}")
     for name, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, int | float) or not (0 < number < math.inf):
+        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number <= sys.float_info.max:
             raise ValueError(f"its {name} is {number!r}, expected a positive number")
     return with_numbers(machine, {name: float(number) for name, number in numbers.items()})
