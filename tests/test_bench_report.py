@@ -19,7 +19,7 @@ def row(suite: str, levels: tuple[str, str], times_us: dict[str, float], floor_u
     return {
         "suite": suite, "name": case.name, "tree": case.tree_name, "nodes_per_level": levels[0],
         "tokens_per_level": levels[1], "num_qo_heads": 32, "num_kv_heads": 8, "head_dim": 128, "dtype": "float16",
-        "floor_us": floor_us, "published_us": {"pat": 40.0},
+        "floor_us": floor_us, "published_us": {"pat": 40.0}, "checked_requests": 8,
         "results": {name: {"best": "only", "variants": v} for name, v in variants.items()},
     }  # fmt: skip
 
