@@ -26,7 +26,21 @@ if TYPE_CHECKING:
     from .operands import Operands
     from .streams import WorkStream
 
-__all__ = ["KERNELS", "Relaunch", "check_kernel", "decode"]
+__all__ = [
+    "KERNELS",
+    "VECTOR_BYTES",
+    "Launch",
+    "Relaunch",
+    "check_kernel",
+    "compute_capability",
+    "decode",
+    "merge_states",
+    "mma_problem",
+    "multiprocessors",
+    "prepare",
+    "run_items",
+    "run_workers",
+]
 
 KERNELS = ("auto", "mma", "plain")
 VECTOR_BYTES = 16

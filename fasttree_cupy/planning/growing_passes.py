@@ -252,11 +252,28 @@ def _spread_segments(s: PlanState, segments: Int32Array) -> None:
     n[_USED_SEGMENTS] = free
 
 
+@njit(cache=True, inline="always")
+def _token_cost(n: Int64Array, costs: Float64Array, first_row: int, end_row: int) -> float:
+    """What a token costs which these rows of a tile see, one that most rows see costing 1."""
+    return 1.0 if is_together(first_row, end_row, n[_ROW_GROUPS]) else costs[_APART]
+
+
 @njit(cache=True)
 def _token_steps(s: PlanState, first_row: int, end_row: int) -> float:
-    """Steps that a token costs which these rows of a tile see."""
-    together = is_together(first_row, end_row, s.numbers[_ROW_GROUPS])
-    return float((1.0 if together else s.costs[_APART]) / s.numbers[_STEP_TOKENS])
+    """The same in steps."""
+    return float(_token_cost(s.numbers, s.costs, first_row, end_row) / s.numbers[_STEP_TOKENS])
+
+
+@njit(cache=True)
+def _step_cost(s: PlanState, tile: int) -> float:
+    """Mean cost of a step of a tile's tokens."""
+    n, costs, packed = s.numbers, s.costs, s.packed
+    tokens, cost = 0, 0.0
+    for segment in range(s.tiles[tile, _BEGIN], s.tiles[tile, _END]):
+        at = n[_SEGMENTS_AT] + 4 * segment
+        tokens += packed[at + 1]
+        cost += packed[at + 1] * _token_cost(n, costs, packed[at + 2], packed[at + 3])
+    return cost / max(1, tokens)
 
 
 @njit(cache=True)
@@ -265,13 +282,7 @@ def _weigh(s: PlanState) -> None:
     n = s.numbers
     s.loads[:] = 0.0
     for tile in range(n[_USED_TILES]):
-        tokens, steps = 0, 0.0
-        for segment in range(s.tiles[tile, _BEGIN], s.tiles[tile, _END]):
-            at = n[_SEGMENTS_AT] + 4 * segment
-            tokens += s.packed[at + 1]
-            together = is_together(s.packed[at + 2], s.packed[at + 3], n[_ROW_GROUPS])
-            steps += s.packed[at + 1] * (1.0 if together else s.costs[_APART])
-        step_cost = steps / max(1, tokens)
+        step_cost = _step_cost(s, tile)
         for unit in range(tile * n[_HEADS], (tile + 1) * n[_HEADS]):
             for piece in range(s.units[unit, 0], s.units[unit, 0] + s.units[unit, 1]):
                 count = s.packed[_item_at(n, s.pieces[piece, _ITEM]) + _TOKENS]
@@ -290,6 +301,7 @@ def _put_segment(s: PlanState, segment: int, row: int, tokens: int, first_row: i
 
 @njit(cache=True)
 def append(s: PlanState, slots: Int32Array, rows: Int32Array) -> bool:
+    """Add new tokens, rows of the pool for each slot; False where the tree must be planned anew."""
     n = s.numbers
     packed, edited, edits = s.packed, s.edited, s.edits
     _begin_change(n)
@@ -365,14 +377,11 @@ def _cut(s: PlanState, tile: int) -> None:
     n = s.numbers
     first_segment = s.tiles[tile, _BEGIN]
     ends = np.empty(s.tiles[tile, _END] - first_segment, np.int64)  # of the segments, in the tile's tokens
-    tokens, steps = 0, 0.0
+    tokens = 0
     for i in range(len(ends)):
-        at = n[_SEGMENTS_AT] + 4 * (first_segment + i)
-        tokens += s.packed[at + 1]
+        tokens += s.packed[n[_SEGMENTS_AT] + 4 * (first_segment + i) + 1]
         ends[i] = tokens
-        together = is_together(s.packed[at + 2], s.packed[at + 3], n[_ROW_GROUPS])
-        steps += s.packed[at + 1] * (1.0 if together else s.costs[_APART])
-    step_cost = steps / max(1, tokens)
+    step_cost = _step_cost(s, tile)
     last_cut = -1
     for unit in range(tile * n[_HEADS], (tile + 1) * n[_HEADS]):
         first, count = s.units[unit, 0], s.units[unit, 1]
@@ -409,6 +418,7 @@ def _cut(s: PlanState, tile: int) -> None:
 
 @njit(cache=True)
 def fork(s: PlanState, parents: Int32Array, slots: Int32Array) -> bool:
+    """Give each new slot a tile with its parent's path; False where the tree must be planned anew."""
     _begin_change(s.numbers)
     for i in range(len(parents)):
         if s.numbers[_USED_TILES] == len(s.tiles) or not _fork_one(s, parents[i], slots[i]):
@@ -503,6 +513,7 @@ def _add_item(s: PlanState, head: int, tokens: int, slot: int) -> None:
 
 @njit(cache=True)
 def finish(s: PlanState, slots: Int32Array) -> bool:
+    """Take slots out of their tiles; False where the tree must be planned anew."""
     n = s.numbers
     _begin_change(n)
     for slot in slots:  # its row is nobody's
