@@ -30,6 +30,7 @@ __all__ = [
     "SLICE_COLUMNS",
     "STEP_TOKENS",
     "BalancedPlan",
+    "bytes_moved",
     "plan",
     "plan_layout",
 ]
@@ -178,6 +179,13 @@ def plan_layout(
 
 
 @njit(cache=True)
+def bytes_moved(tokens: int, batch: int, heads: tuple[int, int, int]) -> float:
+    """Bytes of K, V, Q and O, for query heads a KV head, KV heads and head_dim."""
+    group, num_kv_heads, head_dim = heads
+    return 2.0 * head_dim * num_kv_heads * (2.0 * tokens + 2.0 * batch * group)
+
+
+@njit(cache=True)
 def _deal(
     layout: _Layout,
     batch: int,
@@ -195,7 +203,7 @@ def _deal(
     apart = rates.apart_step / rates.step
     step_costs = apart + (1 - apart) * together / np.maximum(tokens, 1)
     work = Work(-(-tokens // step_tokens), step_costs, num_kv_heads, rates.item / step_us)
-    size = 2.0 * head_dim * num_kv_heads * (2.0 * layout.seqlen.sum() + 2.0 * batch * group)
+    size = bytes_moved(layout.seqlen.sum(), batch, heads)
     estimate, pieces = deal(work, multiprocessors, step_us, size, machine)
     return estimate, tokens, pieces
 

@@ -173,9 +173,23 @@ def _deal_out(
             previous = queue
             queue = queue + 1 if queue < last else 1
     left[0] -= together * step
-    # Then what is left, in whole chunks as far as possible.
+    return _deal_rest(left, first, runs, segments, starts, begin, at, dealt)
+
+
+@njit(cache=True)
+def _deal_rest(
+    left: Int64Array,
+    first: Int64Array,
+    runs: Int32Array,
+    segments: Int32Array,
+    starts: Int32Array,
+    begin: int,
+    at: int,
+    dealt: int,
+) -> int:
+    """Deal out what whole steps leave of a tile, in whole chunks as far as possible; returns the segments' end."""
     to_whole_chunk = -left[0] % CHUNK_TOKENS
-    for queue in range(last + 1):
+    for queue in range(len(left)):
         count = left[0] if queue == 0 else min(to_whole_chunk, left[queue])
         at = _take_tokens(first, runs, queue, count, segments, starts, begin, at, dealt)
         left[queue] -= count
@@ -183,7 +197,7 @@ def _deal_out(
         to_whole_chunk -= count if queue > 0 else 0
     while left.max() > 0:
         count = CHUNK_TOKENS if left.max() >= CHUNK_TOKENS else 0
-        for queue in range(1, last + 1):
+        for queue in range(1, len(left)):
             if left[queue] >= count:
                 taken = count if count > 0 else left[queue]
                 at = _take_tokens(first, runs, queue, taken, segments, starts, begin, at, dealt)

@@ -90,7 +90,7 @@ def worker_samples(problem: Problem, multiprocessors: int, machine: WorkerMachin
     group = heads // kv_heads
     request_order, begins, ends = depth_first(tree)
     layout = lay_out(tree, begins, ends, None)
-    size = 4.0 * HEAD_DIM * (kv_heads * tree.unique_tokens + heads * tree.batch_size)
+    size = balanced.bytes_moved(tree.unique_tokens, tree.batch_size, (group, kv_heads, HEAD_DIM))
     free = machine._replace(merge=0.0, merge_piece=0.0, merge_together=0.0, merge_together_piece=0.0)
     known = set()
     for row_groups, step_tokens in STEP_TOKENS.items():
