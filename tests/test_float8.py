@@ -198,7 +198,7 @@ def cut_case(index: int, heads: int, kv_heads: int, head_dim: int, dtype: str, k
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", ["one_row_group", "two_row_groups", "tiles", "plain"])
-@pytest.mark.parametrize(("group", "kv_heads", "head_dim"), [(1, 3, 128), (3, 2, 64), (16, 1, 128)])
+@pytest.mark.parametrize(("group", "kv_heads", "head_dim"), [(1, 3, 128), (3, 2, 64), (16, 1, 128), (5, 2, 64)])
 @pytest.mark.parametrize("kv_dtype", FORMATS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_right_on_the_gpu(

@@ -142,13 +142,7 @@ def test_a_variant_compiles_for_ampere_and_reports_its_resources() -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [
-        cuda.STAGE1_PARAMS,
-        cuda.STAGE2_PARAMS,
-        cuda.TREE_DECODE_PARAMS,
-        cuda.WORK_PARAMS,
-        cuda.MERGE_STATES_PARAMS,
-    ],
+    [cuda.STAGE1_PARAMS, cuda.STAGE2_PARAMS, cuda.TREE_DECODE_PARAMS, cuda.WORK_PARAMS, cuda.MERGE_STATES_PARAMS],
     ids=["stage1", "stage2", "tree_decode", "work", "merge_states"],
 )
 def test_packed_parameters_are_those_of_numpy(fields: np.dtype[Any]) -> None:
