@@ -36,7 +36,7 @@ TREES = {"one launch": KVTree.from_levels([1], [64]), "merged": KVTree.from_leve
 CALLS = 200
 BATCHES = 21
 EMPTY = """
-struct Params { char bytes[200]; };
+struct Params { char bytes[512]; };
 extern "C" __global__ void empty(const __grid_constant__ Params p) {}
 """
 

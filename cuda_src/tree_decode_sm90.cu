@@ -3,7 +3,7 @@
 //
 // Four producer warps gather the tokens of item after item into rings of tiles; two warpgroups attend them, 64 query
 // rows each. The rings run ahead over the ends of items, so that these cost no bandwidth. With one row group the
-// warpgroups take turns at the tiles and are merged at the item's end; with two, each has its own rows of every tile.
+// warpgroups take turns at the tiles and are added up at the item's end; with two, each has its own rows of every tile.
 // Tokens that few rows see are attended by the warps of these rows alone. Four more warps widen float8 on its way.
 // The worker that finishes the last piece of some rows merges their pieces, or all that end with it do so together.
 #include "worker_consumer.cuh"
@@ -19,18 +19,17 @@ using GatherRings = TileRings;
 extern "C" __global__ void __launch_bounds__(kThreads, 1) tree_decode_sm90(const __grid_constant__ WorkParams p) {
     extern __shared__ __align__(1024) unsigned char memory[];
     Shared& s = *reinterpret_cast<Shared*>(memory);
-    if (threadIdx.x == 0) {
-        prefetch_item(p.items + blockIdx.x);
+    // By a thread whose warp is not the first to be waited for. All others meet it after they have asked for their item.
+    if (threadIdx.x == kThreads - kWarpSize) {
         GatherRings::init(s);
-        barrier_init(s.q_full, kProducerWarps * kWarpSize);
         barrier_init(s.k_empty, kConsumerWarps / kTokenGroups * kWarpArrivals);
         barrier_init(s.v_empty, kConsumerWarps / kTokenGroups * kWarpArrivals);
+        barrier_init(s.q_full, kProducerWarps * kWarpSize);
         barrier_init(s.q_empty, kConsumerWarps * kWarpArrivals);
         barrier_init(s.given, kConsumerWarps / 2 * kWarpArrivals);
     }
-    __syncthreads();
     // Where consumers take more registers than an equal share, the others leave theirs.
-    if (threadIdx.x < kConsumerWarps * kWarpSize) {
+    if (uniform(threadIdx.x / kWarpSize) < kConsumerWarps) {
         if (!kSharesRegisters) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
         Consumer(p, s).run();
     } else {

@@ -14,8 +14,8 @@ template <int kCount>
 __device__ __forceinline__ void barrier_init(Barrier (&barriers)[kCount], int arrivals) {
     for (Barrier& barrier : barriers) barrier_init(barrier, arrivals);
 }
-__device__ __forceinline__ void barrier_arrive(Barrier& barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
+__device__ __forceinline__ void barrier_arrive(Barrier& barrier, int count = 1) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(count) : "memory");
 }
 
 #if !defined(FT_EVERY_LANE_ARRIVES)
@@ -39,6 +39,12 @@ __device__ __forceinline__ bool barrier_try_wait(Barrier& barrier, int parity) {
 __device__ __forceinline__ void barrier_wait(Barrier& barrier, int parity) {
     while (!barrier_try_wait(barrier, parity)) {
     }
+}
+
+// The barrier's phase does not end before copies that report to it have brought so many bytes more.
+__device__ __forceinline__ void barrier_expect(Barrier& barrier, int bytes) {
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes)
+                 : "memory");
 }
 
 // Named barriers 1 to 15, for `threads` threads in all.

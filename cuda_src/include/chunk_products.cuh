@@ -35,14 +35,17 @@ __device__ __forceinline__ void chunk_scores(float (&s)[8], u32 queries, int que
     for (int i = 0; i < 8; ++i) s[i] = sums[0][i / 4][i % 4] + sums[1][i / 4][i % 4];
 }
 
-// o += weights values; weights as a product takes them, values: address of the chunk in its first panel, by_rows added.
-__device__ __forceinline__ void add_chunk_values(float (&o)[kHeadDim / 2], const u32 (&weights)[4], u32 values,
-                                                 int value_panel_bytes) {
+// What a lane holds of a chunk's values. values: address of the chunk in its first panel, by_rows added.
+using ChunkValues = u32[kHeadDim / 16][4];
+__device__ __forceinline__ void load_chunk_values(ChunkValues& v, u32 values, int value_panel_bytes) {
+#pragma unroll
+    for (int d = 0; d < kHeadDim / 16; ++d) load_matrices_transposed(v[d], (values ^ d % 4 * 32) + d / 4 * value_panel_bytes);
+}
+// o += weights values; weights as a product takes them.
+__device__ __forceinline__ void add_chunk_values(float (&o)[kHeadDim / 2], const u32 (&weights)[4], const ChunkValues& v) {
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
-        u32 v[4];
-        load_matrices_transposed(v, (values ^ d % 4 * 32) + d / 4 * value_panel_bytes);
-        Mma<ValueElement>::add(reinterpret_cast<float(&)[4]>(o[8 * d]), weights, v[0], v[1]);
-        Mma<ValueElement>::add(reinterpret_cast<float(&)[4]>(o[8 * d + 4]), weights, v[2], v[3]);
+        Mma<ValueElement>::add(reinterpret_cast<float(&)[4]>(o[8 * d]), weights, v[d][0], v[d][1]);
+        Mma<ValueElement>::add(reinterpret_cast<float(&)[4]>(o[8 * d + 4]), weights, v[d][2], v[d][3]);
     }
 }

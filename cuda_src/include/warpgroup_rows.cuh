@@ -167,6 +167,8 @@ struct WarpgroupRows {
 #pragma unroll
             for (int i = 0; i < 8; ++i) s[i] = to_score.pass(s[i]);
         }
+        ChunkValues v;  // on their way during the softmax
+        load_chunk_values(v, values + tokens + place.by_rows, kPanelBytes);
         hide_in_chunk(s, visible + (chunk * kChunkTokens + lane % 4 * 2) * 2);
         float factor[2];
         exponentials(s, factor, to_score);
@@ -174,7 +176,7 @@ struct WarpgroupRows {
         if (__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) scale_outputs(factor);
         const u32 packed[4] = {ValueElement::pack(s[0], s[1]), ValueElement::pack(s[2], s[3]),
                                ValueElement::pack(s[4], s[5]), ValueElement::pack(s[6], s[7])};
-        add_chunk_values(o, packed, values + tokens + place.by_rows, kPanelBytes);
+        add_chunk_values(o, packed, v);
     }
     // Hides from each row what it does not see. visible: address of two bytes for each of this lane's two first tokens.
     __device__ __forceinline__ void hide_in_chunk(float (&s)[8], u32 visible) const {

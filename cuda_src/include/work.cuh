@@ -21,6 +21,11 @@ struct alignas(16) WorkItem {
 };
 static_assert(sizeof(WorkItem) == 64, "as ITEM_FIELDS in balanced.py");
 
+// Where a bulk copy finds K or V: made by cuTensorMapEncodeTiled in fasttree_cupy/execution/tensor_map.py.
+struct alignas(64) TensorMap {
+    unsigned long long opaque[16];
+};
+
 // Mirrored field by field in fasttree_cupy/execution/cuda.py. Strides count elements; the last axis is contiguous.
 struct WorkParams {
     const u16* q;              // [batch, qo_heads, head_dim]
@@ -48,5 +53,7 @@ struct WorkParams {
     float v_scale;             // factor of float8 V where v_scales is null
     const float* k_scales;     // [kv_heads]: factors of float8 K; null: sm_scale has it
     const float* v_scales;     // [kv_heads]: factors of float8 V, or null
+    int bulk;                  // whether there are tensor maps:
+    TensorMap k_map, v_map;    // [tokens, kv_heads, head_dim], boxes of 16 tokens x 1 x 128 bytes
 };
-static_assert(sizeof(WorkParams) == 200, "as WORK_PARAMS in cuda.py");
+static_assert(sizeof(WorkParams) == 512, "as WORK_PARAMS in cuda.py");

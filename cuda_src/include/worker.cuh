@@ -33,22 +33,28 @@ constexpr int kTileWarps = kFloat8 ? 2 : kRowGroups == 2 ? 4 : 1;  // producer w
 constexpr int kTilesAtATime = kProducerWarps / kTileWarps;
 constexpr int kWarpTokens = kTileTokens / kTileWarps;
 constexpr int kLaneTokens = kWarpTokens / kWarpSize;
+constexpr int kPartChunks = kWarpTokens / kChunkTokens;
 constexpr int kWarpRows = kRows / kProducerWarps;
 constexpr int kChunks = kHeadDim / 8;          // of 8 elements, 16 bytes
 constexpr int kTileChunks = kTileTokens / kChunkTokens;  // as warps attend them alone
 constexpr int kTileBytes = kTileTokens * kHeadDim * 2;
 constexpr int kQueryBytes = kRows * kHeadDim * 2;
+// Items whose queries are there at a time. Where all producer warps gather a tile together, one is enough: the next item's
+// come after its first tile, which leaves more room for tiles.
+constexpr int kQuerySlots = kTilesAtATime == 1 ? 1 : 2;
 
 static_assert(kRowGroups == 1 || kRowGroups == 2, "two warpgroups split rows or tokens");
 static_assert(kValueStages > kTokenGroups, "each warpgroup holds the values of a tile while it waits for the next one");
 static_assert(kWarpRows <= kWarpSize, "a lane holds one row's place");
+static_assert(kLaneTokens == 1 || kLaneTokens == 2, "see Producer::row_of");
 // A barrier's parity does not tell a phase from the one after the next.
 static_assert(kTilesAtATime <= kKeyStages && kTilesAtATime <= kValueStages,
               "who waits for a phase has seen the one before");
 static_assert(kKeyStages % kTokenGroups == 0 && kValueStages % kTokenGroups == 0,
               "a tile takes the place of one of the same warpgroup, which is at its tiles in their order");
 
-// Named barriers, one for each warpgroup.
+// Named barriers: of all threads, and one for each warpgroup.
+constexpr int kEveryone = 0;
 constexpr int kOwnGroup = 1;
 
 // Which of the block's rows see a tile's tokens. A bit stands for 16 rows, of which
@@ -73,16 +79,17 @@ constexpr int kViewLaps = ceil_div(kViewsAhead + kTokenGroups, kKeyStages);
 struct Shared {
     alignas(1024) unsigned char k[kKeyStages][kTileBytes];
     alignas(1024) unsigned char v[kValueStages][kTileBytes];
-    alignas(1024) unsigned char q[2][kQueryBytes];
+    alignas(1024) unsigned char q[kQuerySlots][kQueryBytes];
 #if defined(FT_KV_ELEMENT)
-    alignas(128) unsigned char raw_k[kRawStages][kRawBytes];  // float8 rows, as they come
-    alignas(128) unsigned char raw_v[kRawStages][kRawBytes];
+    alignas(1024) unsigned char raw_k[kRawStages][kRawBytes];  // float8 rows, as they come
+    alignas(1024) unsigned char raw_v[kRawStages][kRawBytes];
 #endif
     float exchange[kTokenGroups == 2 ? kOutputs * kGroupThreads : 1];  // accumulators that one group hands over
     SoftmaxState exchange_state[kTokenGroups == 2 ? kGroupRows : 1];
     TileView view[kViewLaps * kKeyStages];
     u16 visible[kViewLaps * kKeyStages][kTileTokens];
-    Barrier k_full[kKeyStages], k_empty[kKeyStages], v_full[kValueStages], v_empty[kValueStages], q_full[2], q_empty[2];
+    Barrier k_full[kKeyStages], k_empty[kKeyStages], v_full[kValueStages], v_empty[kValueStages];
+    Barrier q_full[kQuerySlots], q_empty[kQuerySlots];
 #if defined(FT_KV_ELEMENT)
     Barrier raw_k_full[kRawStages], raw_k_empty[kRawStages], raw_v_full[kRawStages], raw_v_empty[kRawStages];
 #endif
@@ -99,14 +106,19 @@ struct Ring {
     int lap = 0;
     // The place of the tile's view, of which there are kViewLaps times as many.
     __device__ __forceinline__ int view() const { return stage + (kViewLaps == 2 ? parity : lap) * kStages; }
+    // By no more than a lap.
     __device__ __forceinline__ void advance(int by) {
         stage += by;
-        const int laps = stage / kStages;
-        stage -= laps * kStages;
-        parity ^= laps & 1;
-        if constexpr (kViewLaps > 2) lap = (lap + laps) % kViewLaps;
+        if (stage < kStages) return;
+        stage -= kStages;
+        parity ^= 1;
+        if constexpr (kViewLaps > 2) lap = lap + 1 < kViewLaps ? lap + 1 : 0;
     }
 };
+
+// A value that is the same in all lanes, which the compiler then knows: what follows from it is computed once for the
+// warp, where the descriptors of products are wanted.
+__device__ __forceinline__ int uniform(int value) { return __reduce_or_sync(0xffffffffu, value); }
 
 __device__ __forceinline__ void prefetch(const void* address) {
     asm volatile("prefetch.global.L1 [%0];" ::"l"(address));
@@ -123,9 +135,13 @@ struct QueryRow {
     int head;
     i64 request;
 
+    // A division by way of a product, which is right for the few rows of a block: the quotient of row + 0.5 is further
+    // from whole numbers than its error.
     __device__ __forceinline__ QueryRow(const WorkParams& p, const WorkItem& item, int row)
-        : valid(row < item.num_requests * p.group), head(item.kv_head * p.group + row % p.group) {
-        const int in_item = valid ? row / p.group : 0;
+        : valid(row < item.num_requests * p.group) {
+        const int quotient = int((float(row) + 0.5f) * reciprocal_approx(float(p.group)));
+        const int in_item = valid ? quotient : 0;
+        head = item.kv_head * p.group + row - quotient * p.group;
         request = item.first_request >= 0 ? item.first_request + in_item : p.request_order[item.first_position + in_item];
         valid = valid && request >= 0;
     }

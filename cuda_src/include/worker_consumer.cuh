@@ -37,23 +37,26 @@ struct Consumer : Output {
     }
 
     __device__ __forceinline__ void run() {
-        int end = 0;   // of the item's tiles
-        int turn = 0;  // of the items that have tokens
+        named_sync(kEveryone, kThreads);  // the barriers are set up
+        int end = 0;    // of the item's tiles
+        int turn = 0;   // of the items that have tokens
         int count = 0;  // of items
         for (int index = blockIdx.x; index >= 0; ++count) {
             const WorkItem& item = p.items[index];
-            const int next = item.next;
-            fetch_ahead(item, next);
+            fetch_ahead(item);
             keys_scale = key_scale(p, item.kv_head);
-            end += ceil_div(item.tokens, kTileTokens);
+            const int tokens = uniform(item.tokens);
+            end += ceil_div(tokens, kTileTokens);
             rows.reset();
-            if (item.tokens > 0) {
-                barrier_wait(s.q_full[turn % 2], turn / 2 % 2);
-                attend_tiles(end, shared_address(s.q[turn % 2]) + row_group * kGroupRows * kPanelRowBytes);
-                barrier_arrive_warp(s.q_empty[turn % 2]);
+            if (tokens > 0) {
+                const int slot = turn % kQuerySlots;
+                barrier_wait(s.q_full[slot], turn / kQuerySlots % 2);
+                attend_tiles(end, shared_address(s.q[slot]) + row_group * kGroupRows * kPanelRowBytes);
+                barrier_arrive_warp(s.q_empty[slot]);
                 ++turn;
             }
             rows.finish();
+            const int next = uniform(item.next);
             // The warpgroups write in turn: while one does, the other is at the next item's tiles.
             if (kTokenGroups == 2 && group != count % 2) {
                 give();
@@ -66,8 +69,8 @@ struct Consumer : Output {
     }
 
     // Brings near what is needed at the item's end.
-    __device__ __forceinline__ void fetch_ahead(const WorkItem& item, int next) const {
-        prefetch_item(p.items + max(next, 0));
+    __device__ __forceinline__ void fetch_ahead(const WorkItem& item) const {
+        prefetch_item(p.items + max(item.next, 0));
         if (item.first_request < 0) {
             prefetch(p.request_order + item.first_position + min(rows.first_row / p.group, item.num_requests - 1));
         }
@@ -100,7 +103,7 @@ struct Consumer : Output {
     // Whether the warpgroup's products are worth it for the current tile, whose keys it waits for.
     __device__ __forceinline__ bool seen_together() const {
         barrier_wait(s.k_full[keys.stage], keys.parity);
-        return ChunkBits::count(seen_by(row_group * 4) & kEveryChunk * 0xf) > kMostApart;
+        return __any_sync(0xffffffffu, ChunkBits::count(seen_by(row_group * 4) & kEveryChunk * 0xf) > kMostApart);
     }
 
     // Attends tiles up to the next one that is not seen together. The values of a tile are added during the softmax of the
@@ -146,12 +149,17 @@ struct Consumer : Output {
     }
     __device__ __forceinline__ void start_scores(WarpgroupRows::Scores& scores, u32 queries) {
         fence_shared_async();
-        WarpgroupRows::start_scores(scores, queries, kRows * kPanelRowBytes, shared_address(s.k[keys.stage]));
+        WarpgroupRows::start_scores(scores, tile_address(queries), kRows * kPanelRowBytes,
+                                    tile_address(shared_address(s.k[keys.stage])));
     }
     __device__ __forceinline__ void start_values(const Ring<kValueStages>& place) {
         barrier_wait(s.v_full[place.stage], place.parity);
         fence_shared_async();
-        rows.start_values(shared_address(s.v[place.stage]));
+        rows.start_values(tile_address(shared_address(s.v[place.stage])));
+    }
+    // The address of a tile, for a product. With one row group the compiler does not see that it is the same in all lanes.
+    static __device__ __forceinline__ u32 tile_address(u32 address) {
+        return kTokenGroups == 2 ? uniform(address) : address;
     }
     template <typename AfterValues>
     __device__ __forceinline__ void weigh(WarpgroupRows::Scores& scores, const WarpgroupRows::View& view,

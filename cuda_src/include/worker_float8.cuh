@@ -3,26 +3,30 @@
 #pragma once
 #include "worker_producer.cuh"
 
-// Where a lane writes when a warp copies float8 rows of kCopyChunks chunks of 16 bytes, 512 bytes a pass. In rows of 128
-// bytes the odd ones have their halves exchanged, see WidenPlace.
+// Where a lane writes when a warp copies float8 rows of kCopyChunks chunks of 16 bytes, 512 bytes a pass. Chunks of rows of
+// 128 bytes are swizzled by the row's number modulo 8, as bulk copies do it.
 struct RawPlace {
     static constexpr int kRowsPerPass = kWarpSize / kCopyChunks;
+    static constexpr bool kSwizzled = kCopyChunks == 8;
     u32 lane_offset;
 
-    // first_row: of the warp's rows in the tile, a multiple of 2.
+    // first_row: of the warp's rows in the tile, a multiple of 8.
     __device__ __forceinline__ RawPlace(int first_row, int lane)
         : lane_offset(offset(first_row + lane / kCopyChunks, lane % kCopyChunks)) {}
 
     static __device__ __forceinline__ u32 offset(int row, int chunk) {
-        return row * kHeadDim + (chunk ^ (kCopyChunks == 8 ? row % 2 * 4 : 0)) * 16;
+        return row * kHeadDim + (chunk ^ (kSwizzled ? row % 8 : 0)) * 16;
     }
-    __device__ __forceinline__ u32 offset(int pass) const { return lane_offset + pass * kWarpSize * 16; }
+    __device__ __forceinline__ u32 offset(int pass) const {
+        return (lane_offset ^ (kSwizzled ? pass * kRowsPerPass % 8 * 16 : 0)) + pass * kWarpSize * 16;
+    }
 };
 
 // The rings that producer warps gather float8 rows into.
 struct RawRings {
     using Place = RawPlace;
     static constexpr int kRowBytes = kHeadDim;
+    static constexpr int kBoxes = kHeadDim == kPanelRowBytes ? 1 : 0;  // for 16 tokens; rows of 64 bytes come without
     Shared& s;
     Ring<kRawStages> raw;
     Ring<kKeyStages> keys;  // where the tile is widened to: its view is at the same place for all warps
@@ -56,24 +60,28 @@ __device__ __forceinline__ void load_shared(u32 (&words)[4], u32 address) {
 }
 
 // From raw rows to a tile. A lane takes 16 float8 and writes two chunks of a tile's row, which are neighbours but for the
-// swizzle. Eight lanes, which the hardware serves together, take half a row (or all of one of 64 bytes) and the same of
-// the next: the tile's swizzle then spreads their chunks over all banks. Exchanged halves in odd rows do so for what they
-// read.
+// swizzle. Eight lanes, which the hardware serves together, take half of two rows (or all of two of 64 bytes). The rows'
+// numbers are odd and even, so that the tile's swizzle spreads what they write over all banks; those of 128 bytes differ by
+// 4 too, so that the raw one does so for what they read: 0 and 5, 1 and 4 in the first pass, 2 and 7, 3 and 6 in the next.
 struct WidenPlace {
     static constexpr int kRowsPerPass = RawPlace::kRowsPerPass;
+    static constexpr bool kSwizzled = RawPlace::kSwizzled;
     u32 from, to;
 
     // first_row: of the warp's rows, a multiple of 8.
     __device__ __forceinline__ WidenPlace(int first_row, int lane) {
-        const int chunk = lane % 4, panel = lane / 8 % kPanels;
-        const int row = lane / 4 % 2 + lane / (8 * kPanels) * 2;
+        const int chunk = lane % 4, panel = lane / 8 % kPanels, second = lane / 4 % 2;
+        const int row = kSwizzled ? lane / 16 ^ second * 5 : second + lane / 8 * 2;
         from = RawPlace::offset(first_row + row, panel * 4 + chunk);
         to = panel * kPanelBytes + (first_row + row) * kPanelRowBytes + ((chunk * 2) ^ row) * 16;
     }
-    __device__ __forceinline__ u32 raw_offset(int pass) const { return from + pass * kWarpSize * 16; }
+    // Rows of a pass are these many further on, of which those modulo 8 swizzle.
+    static constexpr __device__ int row_of(int pass) { return kSwizzled ? pass / 2 * 8 + pass % 2 * 2 : pass * kRowsPerPass; }
+    __device__ __forceinline__ u32 raw_offset(int pass) const {
+        return (from ^ (kSwizzled ? row_of(pass) % 8 * 16 : 0)) + row_of(pass) * kHeadDim;
+    }
     __device__ __forceinline__ u32 tile_offset(int pass) const {
-        const int row = pass * kRowsPerPass;
-        return (to ^ (row % 8 * 16)) + row * kPanelRowBytes;
+        return (to ^ (row_of(pass) % 8 * 16)) + row_of(pass) * kPanelRowBytes;
     }
 };
 
@@ -83,7 +91,7 @@ struct WidenPlace {
 struct Widener {
     static constexpr int kRowsOfWarp = kTileTokens / kWidenWarps;
     static constexpr int kPasses = kRowsOfWarp / WidenPlace::kRowsPerPass;
-    static_assert(kRowsOfWarp % 8 == 0 && kRowsOfWarp % WidenPlace::kRowsPerPass == 0, "whole passes, see WidenPlace");
+    static_assert(kRowsOfWarp % 8 == 0, "whole turns of the swizzle, see WidenPlace");
     using Raw = u32[kPasses][4];
     const WorkParams& p;
     Shared& s;
@@ -97,6 +105,7 @@ struct Widener {
           place((threadIdx.x / kWarpSize - kConsumerWarps - kProducerWarps) * kRowsOfWarp, threadIdx.x % kWarpSize) {}
 
     __device__ __forceinline__ void run() {
+        named_sync(kEveryone, kThreads);
         for (int index = blockIdx.x; index >= 0;) {
             const int tiles = ceil_div(p.items[index].tokens, kTileTokens);
             index = p.items[index].next;

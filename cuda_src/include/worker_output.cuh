@@ -16,7 +16,7 @@ struct Output {
     WarpgroupRows rows;
 
     __device__ __forceinline__ Output(const WorkParams& p, Shared& s)
-        : p(p), s(s), group(threadIdx.x / kGroupThreads), row_group(kRowGroups == 2 ? group : 0),
+        : p(p), s(s), group(uniform(threadIdx.x / kGroupThreads)), row_group(kRowGroups == 2 ? group : 0),
           rows(row_group * kGroupRows) {}
 
     // Writes the item's outputs, or its partial ones; the last piece merges them all, or the workers of the last pieces do

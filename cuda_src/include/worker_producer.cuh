@@ -51,6 +51,26 @@ struct SegmentStream {
     }
 };
 
+// Starts the copy of a box of K or V: 16 rows from `row` on, 128 bytes from `element` on. By one thread; the barrier's phase
+// ends when the bytes that it expects are there.
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int element, int head, int row, Barrier& full) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
+                 "l"(&map), "r"(element), "r"(head), "r"(row), "r"(shared_address(&full))
+                 : "memory");
+}
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+// True in one lane of a warp.
+__device__ __forceinline__ bool elected() {
+    u32 yes;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(yes));
+    return yes;
+}
+constexpr int kBoxBytes = kChunkTokens * kPanelRowBytes;
+static_assert(kChunkTokens == 16 && kPanelRowBytes == 128, "as boxes are in tensor_map.py");
+
 constexpr int kCopyChunks = kHeadDim * int(sizeof(KVBits)) / 16;  // of 16 bytes, in a row of K or V
 
 // A thread arrives when its copies are there; for what warps store beside the keys, they arrive once more.
@@ -68,6 +88,7 @@ struct Slot {
 struct TileRings {
     using Place = PanelPlace<kTileTokens, kChunks>;
     static constexpr int kRowBytes = kPanelRowBytes;
+    static constexpr int kBoxes = kPanels;  // for 16 tokens
     Shared& s;
     Ring<kKeyStages> keys;
     Ring<kValueStages> values;
@@ -108,7 +129,7 @@ struct Producer {
     // Where the tokens of a part come from, and who sees them. A lane knows tokens lane, lane + 32, ..
     struct Places {
         int count;                 // tokens; the rest is zero
-        int run;                   // where all rows of K and V follow one another: the first; else -1
+        u32 boxes;                 // chunks of 16 tokens whose rows of K and V follow one another: a bit for each
         int row[kLaneTokens];
         int visible[kLaneTokens];  // as two bytes: the first row that sees the token, and how many do
     };
@@ -121,58 +142,69 @@ struct Producer {
     }
 
     __device__ __forceinline__ void run() {
+        WorkItem item = p.items[blockIdx.x];  // on its way while the barriers are set up
+        if (p.bulk && warp == 0 && lane == 0) {
+            prefetch_map(p.k_map);
+            prefetch_map(p.v_map);
+        }
+        named_sync(kEveryone, kThreads);
         // Turns count the items that have tokens: only there do consumers wait for producers, and a barrier's parity does
         // not tell a phase from the one after the next.
         int turn = 0;
-        int first = 0;  // of the item's tiles
-        for (int index = blockIdx.x; index >= 0;) {
-            const WorkItem item = p.items[index];
+        for (int first = 0;;) {  // of the item's tiles
             if (item.tokens > 0) {
-                load_queries(item, turn % 2, turn / 2 % 2);
-                load_tiles(item, first);
+                if (kQuerySlots > 1) load_queries(item, turn);
+                load_tiles(item, first, turn);
                 first += ceil_div(item.tokens, kTileTokens);
                 ++turn;
             }
-            index = item.next;
+            if (item.next < 0) return;
+            item = p.items[item.next];
         }
     }
 
-    // Starts the copies of this warp's share of an item's queries, a row's place a lane; rows past the last are zero.
-    __device__ __forceinline__ void load_queries(const WorkItem& item, int slot, int parity) {
+    // Starts the copies of this warp's share of an item's queries, a row's place a lane. Of rows past the last nobody looks
+    // at what is computed: any queries do.
+    __device__ __forceinline__ void load_queries(const WorkItem& item, int turn) const {
         using Place = PanelPlace<kRows, kChunks>;
         const QueryRow own(p, item, warp * kWarpRows + lane % kWarpRows);
         const Place to(warp * kWarpRows, lane);
+        const int slot = turn % kQuerySlots;
         const u32 tile = shared_address(s.q[slot]);
-        const i64 offset = own.valid ? own.request * p.q_stride_request + own.head * p.q_stride_head : -1;
-        barrier_wait(s.q_empty[slot], parity ^ 1);
+        const i64 row = own.valid ? own.request * p.q_stride_request + own.head * p.q_stride_head : 0;
+        barrier_wait(s.q_empty[slot], turn / kQuerySlots % 2 ^ 1);
 #pragma unroll
         for (int pass = 0; pass < kWarpRows / Place::kRowsPerPass; ++pass) {
-            const i64 from = __shfl_sync(0xffffffffu, offset, pass * Place::kRowsPerPass + lane / kChunks);
-            copy_async_16(tile + to.offset(pass), p.q + max(from, i64(0)) + lane % kChunks * 8, from >= 0);
+            const i64 from = __shfl_sync(0xffffffffu, row, pass * Place::kRowsPerPass + lane / kChunks);
+            copy_async_16(tile + to.offset(pass), p.q + from + lane % kChunks * 8);
         }
         arrive_after_copies(shared_address(&s.q_full[slot]));
     }
 
     // first: the number of the item's first tile.
-    __device__ __forceinline__ void load_tiles(const WorkItem& item, int first) {
+    __device__ __forceinline__ void load_tiles(const WorkItem& item, int first, int turn) {
         choose_head(item.kv_head);
         SegmentStream segments(p, item, lane);
 #pragma unroll 1
         for (int begin = (tile - first) * kTileTokens; begin < item.tokens; begin += kTilesAtATime * kTileTokens) {
-            const Places places = find(segments, begin, item.tokens);
-            const Slot keys = rings.key_slot(), values = rings.value_slot();
-            barrier_wait(keys.empty, keys.parity);
-            note(places, item.num_requests * p.group);
-            copy(places, keys.rows, k, k_stride);
-            __syncwarp();  // the tile's view is written
-            arrive_after_copies(shared_address(&keys.full));
-            barrier_arrive_warp(keys.full);
-            barrier_wait(values.empty, values.parity);
-            copy(places, values.rows, v, v_stride);
-            arrive_after_copies(shared_address(&values.full));
-            tile += kTilesAtATime;
-            rings.advance(kTilesAtATime);
+            load_tile(segments, item, begin);
+            if (kQuerySlots == 1 && begin == 0) load_queries(item, turn);
         }
+    }
+    __device__ __forceinline__ void load_tile(SegmentStream& segments, const WorkItem& item, int begin) {
+        const Places places = find(segments, begin, item.tokens);
+        const Slot keys = rings.key_slot(), values = rings.value_slot();
+        barrier_wait(keys.empty, keys.parity);
+        note(places, item.num_requests * p.group);
+        copy(places, keys, p.k_map, item.kv_head, k, k_stride);
+        __syncwarp();  // the tile's view is written
+        arrive(places, keys.full);
+        barrier_arrive_warp(keys.full);
+        barrier_wait(values.empty, values.parity);
+        copy(places, values, p.v_map, item.kv_head, v, v_stride);
+        arrive(places, values.full);
+        tile += kTilesAtATime;
+        rings.advance(kTilesAtATime);
     }
 
     __device__ __forceinline__ void choose_head(int kv_head) {
@@ -186,30 +218,42 @@ struct Producer {
         const int begin = first + part * kWarpTokens, end = min(begin + kWarpTokens, tokens);
         Places places;
         places.count = end - begin;
-        places.run = -1;
+        places.boxes = 0;
 #pragma unroll
         for (int i = 0; i < kLaneTokens; ++i) places.row[i] = places.visible[i] = 0;
         if (begin >= end) return places;
         while (segments.end() <= begin) segments.advance(segments.end(), lane);
-        const u32 whole = __ballot_sync(0xffffffffu, segments.held_begin <= begin && segments.held_end >= end);
-        if (whole != 0) {
-            const int from = __ffs(whole) - 1;
-            const int row = __shfl_sync(0xffffffffu, segments.shift(), from) + begin;
-            const int rows = __shfl_sync(0xffffffffu, segments.visible(), from);
-            if (places.count == kWarpTokens) places.run = row;
-#pragma unroll
-            for (int i = 0; i < kLaneTokens; ++i) {
-                const int token = i * kWarpSize + lane;
-                places.row[i] = row + token;
-                places.visible[i] = token < places.count ? rows : 0;
-            }
-        } else {
+        if (!find_chunks(segments, begin, end, places)) {
             search(segments, begin, end, places);
+            places.boxes = find_boxes(places);
         }
         return places;
     }
-    // The same for tokens of several segments.
+    // Finds the part where each chunk is of one of the held segments, as planned ones are, but for the last of some nodes.
+    __device__ __forceinline__ bool find_chunks(const SegmentStream& segments, int begin, int end, Places& places) const {
+        bool found = true;
+#pragma unroll
+        for (int i = 0; i < kLaneTokens; ++i) {
+            const int first = begin + i * kWarpSize, second = first + kChunkTokens;
+            // Segments lie in order: as many as end before a chunk precede its own.
+            const int before_first = __popc(__ballot_sync(0xffffffffu, segments.held_end <= first));
+            const int before_second = __popc(__ballot_sync(0xffffffffu, segments.held_end <= second));
+            const int from = lane < kChunkTokens ? before_first : before_second;
+            const int segment_end = __shfl_sync(0xffffffffu, segments.held_end, from);
+            const int shift = __shfl_sync(0xffffffffu, segments.shift(), from);
+            const int rows = __shfl_sync(0xffffffffu, segments.visible(), from);
+            const int chunk = lane < kChunkTokens ? first : second, token = first + lane;
+            found = found && (chunk >= end || (from < kWarpSize && segment_end >= min(chunk + kChunkTokens, end)));
+            places.row[i] = token < end ? shift + token : 0;
+            places.visible[i] = token < end ? rows : 0;
+        }
+        places.boxes = (1u << places.count / kChunkTokens) - 1;
+        return __all_sync(0xffffffffu, found);
+    }
+    // The same for tokens of any segments.
     __device__ __forceinline__ void search(SegmentStream& segments, int begin, int end, Places& places) const {
+#pragma unroll
+        for (int i = 0; i < kLaneTokens; ++i) places.row[i] = places.visible[i] = 0;
         for (int held_from = begin;;) {
             const int held_to = segments.end();
 #pragma unroll
@@ -227,11 +271,18 @@ struct Producer {
             segments.advance(held_to, lane);
             held_from = held_to;
         }
-        const int run = __shfl_sync(0xffffffffu, places.row[0], 0);
-        bool follows = places.count == kWarpTokens;
+    }
+    // Which chunks have rows that follow one another.
+    __device__ __forceinline__ u32 find_boxes(const Places& places) const {
+        u32 boxes = 0;
 #pragma unroll
-        for (int i = 0; i < kLaneTokens; ++i) follows = follows && places.row[i] == run + i * kWarpSize + lane;
-        if (__all_sync(0xffffffffu, follows)) places.run = run;
+        for (int i = 0; i < kLaneTokens; ++i) {
+            const int first = __shfl_sync(0xffffffffu, places.row[i], lane & kChunkTokens);
+            const bool follows = places.row[i] == first + lane % kChunkTokens && i * kWarpSize + lane < places.count;
+            const u32 followers = __ballot_sync(0xffffffffu, follows);
+            boxes |= (u32((followers & 0xffff) == 0xffff) | u32(followers >> 16 == 0xffff) << 1) << 2 * i;
+        }
+        return boxes;
     }
 
     // Notes who sees the tokens. What rows past the last compute is never looked at.
@@ -250,35 +301,61 @@ struct Producer {
         seen_by = __reduce_or_sync(0xffffffffu, seen_by);
         whole = __reduce_and_sync(0xffffffffu, whole);
         TileView& view = s.view[rings.view()];
-        constexpr int kPartChunks = kWarpTokens / kChunkTokens;
         if (lane < kPartChunks) view.seen_by[part * kPartChunks + lane] = (unsigned char)(seen_by >> lane * 8);
         if (lane == 0) view.whole[part] = (unsigned char)whole;
     }
 
-    // Starts the copies of this warp's part, 32 tokens at a time: more code would not stay in the instruction cache.
-    __device__ __forceinline__ void copy(Places places, u32 rows, i64 base, int stride) const {
-        constexpr int kPasses = kWarpSize / Place::kRowsPerPass;
-        const i64 step = i64(stride) * Place::kRowsPerPass;
-        i64 from = row_address(base, places.run + lane / kCopyChunks, stride);
+    // Starts the copies of this warp's part: chunks whose rows follow one another by the bulk copy engine, of which one lane
+    // asks for whole boxes; others by 16 bytes a lane.
+    __device__ __forceinline__ void copy(const Places& places, const Slot& to, const TensorMap& map, int head, i64 base,
+                                         int stride) const {
+        u32 left = (1u << kPartChunks) - 1;
+        if (Rings::kBoxes > 0 && p.bulk) {
+            left &= ~places.boxes;
+            copy_boxes(places, to, map, head);
+        }
 #pragma unroll 1
-        for (int first = 0; first < kWarpTokens; first += kWarpSize, rows += kWarpSize * Rings::kRowBytes) {
-            if (places.run >= 0) {
+        for (; left != 0; left &= left - 1) {
+            const int chunk = __ffs(left) - 1;
 #pragma unroll
-                for (int pass = 0; pass < kPasses; ++pass, from += step) {
-                    ::copy_async_16(rows + place.offset(pass), reinterpret_cast<const void*>(from));
-                }
-            } else {
-#pragma unroll
-                for (int pass = 0; pass < kPasses; ++pass) {
-                    const int token = pass * Place::kRowsPerPass + lane / kCopyChunks;
-                    const int row = __shfl_sync(0xffffffffu, places.row[0], token);
-                    const i64 own = row_address(base, row, stride);
-                    copy_async_16(rows + place.offset(pass), reinterpret_cast<const void*>(own), first + token < places.count);
-                }
-#pragma unroll
-                for (int i = 1; i < kLaneTokens; ++i) places.row[i - 1] = places.row[i];
+            for (int pass = 0; pass < kChunkTokens / Place::kRowsPerPass; ++pass) {
+                const int token = pass * Place::kRowsPerPass + lane / kCopyChunks;
+                const i64 own = row_address(base, row_of(places, chunk, token), stride);
+                copy_async_16(to.rows + chunk * kChunkTokens * Rings::kRowBytes + place.offset(pass),
+                              reinterpret_cast<const void*>(own), chunk * kChunkTokens + token < places.count);
             }
         }
+    }
+    // Every lane arrives when its copies are there; one for all where boxes bring everything.
+    __device__ __forceinline__ void arrive(const Places& places, Barrier& full) const {
+        if (Rings::kBoxes > 0 && p.bulk && places.boxes == (1u << kPartChunks) - 1) {
+            if (elected()) barrier_arrive(full, kWarpSize);
+        } else {
+            arrive_after_copies(shared_address(&full));
+        }
+    }
+    __device__ __forceinline__ void copy_boxes(const Places& places, const Slot& to, const TensorMap& map, int head) const {
+        int row[kPartChunks];
+#pragma unroll
+        for (int chunk = 0; chunk < kPartChunks; ++chunk) {
+            row[chunk] = __shfl_sync(0xffffffffu, places.row[chunk / 2], chunk % 2 * kChunkTokens);
+        }
+        if (places.boxes == 0 || !elected()) return;
+        barrier_expect(to.full, __popc(places.boxes) * Rings::kBoxes * kBoxBytes);
+#pragma unroll
+        for (int chunk = 0; chunk < kPartChunks; ++chunk) {
+            if (!(places.boxes >> chunk & 1)) continue;
+            const u32 rows = to.rows + (part * kWarpTokens + chunk * kChunkTokens) * kPanelRowBytes;
+#pragma unroll
+            for (int box = 0; box < Rings::kBoxes; ++box) {
+                copy_box(rows + box * kPanelBytes, map, box * kPanelElements, head, row[chunk], to.full);
+            }
+        }
+    }
+    // The row of a chunk's token.
+    __device__ __forceinline__ int row_of(const Places& places, int chunk, int token) const {
+        const int own = kLaneTokens == 2 && chunk >= 2 ? places.row[kLaneTokens - 1] : places.row[0];
+        return __shfl_sync(0xffffffffu, own, chunk % 2 * kChunkTokens + token);
     }
     // base + row * stride in one instruction; C++ would multiply 64 by 64 bits.
     static __device__ __forceinline__ i64 row_address(i64 base, int row, int stride_bytes) {

@@ -18,6 +18,7 @@ from .kernels import (
     tree_decode_config,
     worker_config,
 )
+from .tensor_map import TENSOR_MAP_BYTES, tensor_maps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -77,13 +78,20 @@ WORK_POINTERS = ("q", "k", "v", "o", "mid_o", "mid_lse", "lse", "counters", "ite
 POINTER = struct.Struct("=Q")
 OPERAND_ADDRESSES = struct.Struct("=4Q")
 """Those of Q, K, V and O, with which `WORK_PARAMS` begins."""
+TENSOR_MAP_PAIR = struct.Struct(f"={2 * TENSOR_MAP_BYTES // 8}Q")
+"""Those of K and V, with which `WORK_PARAMS` ends."""
+NO_TENSOR_MAPS = (0,) * (2 * TENSOR_MAP_BYTES // 8)
+NO_FIELDS = (0,) * 13
+"""What fills `WORK_PARAMS` up to the tensor maps, which begin at a multiple of 64 bytes."""
 WORK_PARAMS = np.dtype(
     [(name, np.uint64) for name in WORK_POINTERS]
     + [(name, np.int64) for name in ("q_request", "q_head", "k_token", "k_head", "v_token", "v_head")]
     + [(name, np.int64) for name in ("o_request", "o_head")]
     + [("num_segments", np.int32), ("group", np.int32), ("sm_scale", np.float32), ("logit_cap", np.float32)]
     + [("o_aligned", np.int32), ("qo_heads", np.int32), ("polls", np.int32)]
-    + [("v_scale", np.float32), ("k_scales", np.uint64), ("v_scales", np.uint64)]
+    + [("v_scale", np.float32), ("k_scales", np.uint64), ("v_scales", np.uint64), ("bulk", np.int32)]
+    + [(f"padding_{i}", np.int32) for i in range(len(NO_FIELDS))]
+    + [(f"{name}_map_{i}", np.uint64) for name in ("k", "v") for i in range(TENSOR_MAP_BYTES // 8)]
 )
 MERGE_POLLS = 128
 """How often a worker of ``tree_decode_sm90`` looks whether it may merge with others, 0.5 us or more each: workers that
@@ -362,13 +370,16 @@ def run_workers(
     pointers = (q.pointer, k.pointer, v.pointer, o.pointer, *mid, pointer_of(lse), *lists)
     strides = (*q.strides[:2], *k.strides[:2], *v.strides[:2], *o.strides[:2])
     numbers = (num_segments, num_qo_heads // k.shape[1], scales.sm_scale, logit_cap, is_aligned(o), num_qo_heads)
-    params = packed((*pointers, *strides, *numbers, MERGE_POLLS, *scales[1:]), WORK_PARAMS)
+    maps = tensor_maps(k, v)
+    words = TENSOR_MAP_PAIR.unpack(maps(k.pointer, v.pointer)) if maps else NO_TENSOR_MAPS
+    more = (MERGE_POLLS, *scales[1:], maps is not None, *NO_FIELDS)
+    params = packed((*pointers, *strides, *numbers, *more, *words), WORK_PARAMS)
     soft_cap = logit_cap > 0 or scales.sm_scale < 0
     launch = worker_launch(q.dtype, head_dim, row_groups, soft_cap, operands.kv_dtype, q.device[1])
     grid = (workers, 1, 1)
     with stream.launches():
         launch(grid, params)
-    return functools.partial(Relaunch, launch, grid, params)
+    return functools.partial(Relaunch, launch, grid, params, maps)
 
 
 def merge_states(states: Sequence[ArrayView], o: ArrayView, lse: ArrayView, stream: WorkStream) -> None:
@@ -413,9 +424,11 @@ class Relaunch:
     the struct too: the caller lets no two threads in at once.
     """
 
-    __slots__ = ("_context", "_current_context", "_function", "_launch", "_parameters", "_parameters_at")
+    __slots__ = ("_context", "_current_context", "_function", "_launch", "_maps", "_parameters", "_parameters_at")
 
-    def __init__(self, launch: Launch, grid: tuple[int, int, int], params: Any) -> None:
+    def __init__(
+        self, launch: Launch, grid: tuple[int, int, int], params: Any, maps: Callable[[int, int], bytes] | None
+    ) -> None:
         from cupy.cuda import driver
 
         self._current_context = driver.ctxGetCurrent
@@ -424,6 +437,7 @@ class Relaunch:
         self._parameters = bytearray(POINTER.size) + params.tobytes()
         self._parameters_at = np.frombuffer(self._parameters, np.uint8).ctypes.data
         POINTER.pack_into(self._parameters, 0, self._parameters_at + POINTER.size)
+        self._maps = maps
         self._function = launch.kernel.kernel  # keeps its module loaded
         self._launch = functools.partial(
             driver.launchKernel, self._function.ptr, *grid, *launch.block, launch.shared_bytes
@@ -436,6 +450,8 @@ class Relaunch:
     def __call__(self, addresses: Sequence[int], stream: WorkStream) -> None:
         """Launch on a stream."""
         OPERAND_ADDRESSES.pack_into(self._parameters, POINTER.size, *addresses)
+        if self._maps is not None:
+            self._parameters[-2 * TENSOR_MAP_BYTES :] = self._maps(addresses[1], addresses[2])
         self._launch(stream.handle, self._parameters_at, 0)
 
 

@@ -41,7 +41,7 @@ TREE_DECODE_STAGES = 2
 
 WORKER_COMPUTE_CAPABILITY = 90
 """Compute capability times ten of the GPUs that have ``tree_decode_sm90``'s warpgroup products: these and no others."""
-WORKER_STAGES = {(64, 1): (8, 8), (128, 1): (6, 4), (64, 2): (5, 4), (128, 2): (3, 2)}
+WORKER_STAGES = {(64, 1): (8, 8), (128, 1): (6, 4), (64, 2): (6, 6), (128, 2): (3, 3)}
 """Head dim, row groups -> tiles in the rings of keys and values of ``tree_decode_sm90``: what the shared memory of a
 multiprocessor holds."""
 WORKER_FLOAT8_STAGES = {(64, 1): (4, 8, 10), (128, 1): (2, 4, 4), (64, 2): (4, 8, 10), (128, 2): (3, 4, 3)}
@@ -247,13 +247,14 @@ def worker_shared_bytes(head_dim: int, row_groups: int, float8: bool) -> int:
     keys, values, raw = worker_stages(head_dim, row_groups, float8)
     tokens = worker_tile_tokens(row_groups, float8)
     rings = (keys + values) * tokens * head_dim * 2 + raw * 2 * tokens * head_dim
-    queries = 2 * row_groups * WORKER_GROUP_ROWS * head_dim * 2
+    query_slots = 1 if row_groups == 2 and not float8 else 2
+    queries = query_slots * row_groups * WORKER_GROUP_ROWS * head_dim * 2
     # Accumulators and softmax states that one token group hands to the other; with two row groups one of each.
     exchange = WORKER_GROUP_ROWS * (head_dim * 4 + 8) if row_groups == 1 else 4 + 8
     # Views of whole laps of the ring of keys, see worker.cuh.
     laps = -(-(keys + (raw + 1 if float8 else 0) + 2 // row_groups) // keys)
     views = laps * keys * (tokens // 8 + 2 * tokens)
-    barriers = (2 * (keys + values) + 4 + 4 * raw + 2) * 8 + 2 * 4
+    barriers = (2 * (keys + values + query_slots) + 4 * raw + 2) * 8 + 2 * 4
     return -(-(-(-(rings + queries + exchange) // 16) * 16 + views + barriers) // 1024) * 1024
 
 
