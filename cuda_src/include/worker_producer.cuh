@@ -129,7 +129,7 @@ struct Producer {
     // Where the tokens of a part come from, and who sees them. A lane knows tokens lane, lane + 32, ..
     struct Places {
         int count;                 // tokens; the rest is zero
-        u32 boxes;                 // chunks of 16 tokens whose rows of K and V follow one another: a bit for each
+        u32 boxes;                 // chunks of 16 tokens that may come as boxes: a bit for each
         int row[kLaneTokens];
         int visible[kLaneTokens];  // as two bytes: the first row that sees the token, and how many do
     };
@@ -227,6 +227,7 @@ struct Producer {
             search(segments, begin, end, places);
             places.boxes = find_boxes(places);
         }
+        if (!kBoxesApart) places.boxes &= seen_by_most(places);
         return places;
     }
     // Finds the part where each chunk is of one of the held segments, as planned ones are, but for the last of some nodes.
@@ -285,6 +286,19 @@ struct Producer {
         return boxes;
     }
 
+    // Which chunks most of the block's warps see.
+    __device__ __forceinline__ u32 seen_by_most(const Places& places) const {
+        u32 chunks = 0;
+#pragma unroll
+        for (int i = 0; i < kLaneTokens; ++i) {
+            const int begin = places.visible[i] & 0xff, end = begin + (places.visible[i] >> 8);
+            const bool by_most = ((end - 1) / kChunkRows - begin / kChunkRows + 1) * 2 > kRows / kChunkRows;
+            const u32 tokens = __ballot_sync(0xffffffffu, end > begin && by_most);
+            chunks |= ((tokens & 1) | (tokens >> kChunkTokens & 1) << 1) << 2 * i;
+        }
+        return chunks;
+    }
+
     // Notes who sees the tokens. What rows past the last compute is never looked at.
     __device__ __forceinline__ void note(const Places& places, int num_rows) {
         u32 seen_by = 0, whole = (1u << kRows / kChunkRows) - 1;
@@ -305,8 +319,8 @@ struct Producer {
         if (lane == 0) view.whole[part] = (unsigned char)whole;
     }
 
-    // Starts the copies of this warp's part: chunks whose rows follow one another by the bulk copy engine, of which one lane
-    // asks for whole boxes; others by 16 bytes a lane.
+    // Starts the copies of this warp's part: boxes by the bulk copy engine, which one lane asks for them; other chunks by
+    // 16 bytes a lane.
     __device__ __forceinline__ void copy(const Places& places, const Slot& to, const TensorMap& map, int head, i64 base,
                                          int stride) const {
         u32 left = (1u << kPartChunks) - 1;
