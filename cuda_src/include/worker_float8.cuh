@@ -39,12 +39,8 @@ struct RawRings {
         barrier_init(s.k_full, kWidenWarps * kWarpArrivals);
         barrier_init(s.v_full, kWidenWarps * kWarpArrivals);
     }
-    __device__ __forceinline__ Slot key_slot() const {
-        return {shared_address(s.raw_k[raw.stage]), s.raw_k_full[raw.stage], s.raw_k_empty[raw.stage], raw.parity ^ 1};
-    }
-    __device__ __forceinline__ Slot value_slot() const {
-        return {shared_address(s.raw_v[raw.stage]), s.raw_v_full[raw.stage], s.raw_v_empty[raw.stage], raw.parity ^ 1};
-    }
+    __device__ __forceinline__ Slot key_slot() const { return slot_of(s.raw_k, s.raw_k_full, s.raw_k_empty, raw); }
+    __device__ __forceinline__ Slot value_slot() const { return slot_of(s.raw_v, s.raw_v_full, s.raw_v_empty, raw); }
     __device__ __forceinline__ int view() const { return keys.view(); }
     __device__ __forceinline__ void advance(int by) {
         raw.advance(by);

@@ -83,6 +83,11 @@ struct Slot {
     Barrier& empty;
     int parity;  // of `empty`, once the place is free
 };
+template <int kStages, int kBytes>
+__device__ __forceinline__ Slot slot_of(unsigned char (&rows)[kStages][kBytes], Barrier (&full)[kStages],
+                                        Barrier (&empty)[kStages], const Ring<kStages>& ring) {
+    return {shared_address(rows[ring.stage]), full[ring.stage], empty[ring.stage], ring.parity ^ 1};
+}
 
 // The rings that producer warps gather 16-bit tiles into: those that consumers read.
 struct TileRings {
@@ -97,12 +102,8 @@ struct TileRings {
         barrier_init(s.k_full, kKeyArrivals);
         barrier_init(s.v_full, kValueArrivals);
     }
-    __device__ __forceinline__ Slot key_slot() const {
-        return {shared_address(s.k[keys.stage]), s.k_full[keys.stage], s.k_empty[keys.stage], keys.parity ^ 1};
-    }
-    __device__ __forceinline__ Slot value_slot() const {
-        return {shared_address(s.v[values.stage]), s.v_full[values.stage], s.v_empty[values.stage], values.parity ^ 1};
-    }
+    __device__ __forceinline__ Slot key_slot() const { return slot_of(s.k, s.k_full, s.k_empty, keys); }
+    __device__ __forceinline__ Slot value_slot() const { return slot_of(s.v, s.v_full, s.v_empty, values); }
     __device__ __forceinline__ int view() const { return keys.view(); }
     __device__ __forceinline__ void advance(int by) {
         keys.advance(by);

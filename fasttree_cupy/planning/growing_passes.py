@@ -375,17 +375,11 @@ def _too_many(s: PlanState) -> float:
 def _cut(s: PlanState, tile: int) -> None:
     """Cut a tile's units anew, at whole steps, so that the workers of each unit's pieces have equally much to do."""
     n = s.numbers
-    first_segment = s.tiles[tile, _BEGIN]
-    ends = np.empty(s.tiles[tile, _END] - first_segment, np.int64)  # of the segments, in the tile's tokens
-    tokens = 0
-    for i in range(len(ends)):
-        tokens += s.packed[n[_SEGMENTS_AT] + 4 * (first_segment + i) + 1]
-        ends[i] = tokens
-    step_cost = _step_cost(s, tile)
-    last_cut = -1
+    ends = _segment_ends(s, tile)
+    step_tokens, step_cost, tokens, last_cut = n[_STEP_TOKENS], _step_cost(s, tile), ends[-1] if len(ends) else 0, -1
     for unit in range(tile * n[_HEADS], (tile + 1) * n[_HEADS]):
         first, count = s.units[unit, 0], s.units[unit, 1]
-        if count == 1 or tokens < count * n[_STEP_TOKENS]:
+        if count == 1 or tokens < count * step_tokens:
             continue
         mean = 0.0
         for piece in range(first, first + count):
@@ -393,27 +387,44 @@ def _cut(s: PlanState, tile: int) -> None:
         begin, end, exact = 0, 0, 0.0  # of the piece, in the tile's tokens
         for i in range(count):
             worker, at = s.pieces[first + i, _WORKER], _item_at(n, s.pieces[first + i, _ITEM])
-            exact += s.packed[at + _TOKENS] + (mean - s.loads[worker]) / step_cost * n[_STEP_TOKENS]
-            end = int(np.rint(exact / n[_STEP_TOKENS])) * n[_STEP_TOKENS]
-            most = (tokens // n[_STEP_TOKENS] - (count - 1 - i)) * n[_STEP_TOKENS]
-            end = max(begin + n[_STEP_TOKENS], min(end, most))
-            if i == count - 1:
-                end = tokens
-            s.loads[worker] += (end - begin - s.packed[at + _TOKENS]) * step_cost / n[_STEP_TOKENS]
-            _put(s.packed, s.edited, s.edits, n, at + _TOKENS, end - begin)
-            segment = first_segment + np.searchsorted(ends, begin, side="right")
-            source = n[_SEGMENTS_AT] + 4 * segment
-            left = ends[segment - first_segment] - begin
-            _put(s.packed, s.edited, s.edits, n, at + _NEXT_SEGMENT, segment + 1)
-            _put(s.packed, s.edited, s.edits, n, at + _KV_BEGIN, s.packed[source] + s.packed[source + 1] - left)
-            _put(s.packed, s.edited, s.edits, n, at + _KV_LEN, left)
-            _put(s.packed, s.edited, s.edits, n, at + _ROW_BEGIN, s.packed[source + 2])
-            _put(s.packed, s.edited, s.edits, n, at + _ROW_END, s.packed[source + 3])
-            last_cut = max(last_cut, segment)
+            exact += s.packed[at + _TOKENS] + (mean - s.loads[worker]) / step_cost * step_tokens
+            end = int(np.rint(exact / step_tokens)) * step_tokens
+            most = (tokens // step_tokens - (count - 1 - i)) * step_tokens
+            end = max(begin + step_tokens, min(end, most)) if i < count - 1 else tokens
+            s.loads[worker] += (end - begin - s.packed[at + _TOKENS]) * step_cost / step_tokens
+            last_cut = max(last_cut, _move_piece(s, tile, at, begin, end, ends))
             begin = end
     for slot in range(len(s.slots)):  # a segment can become longer only where no piece begins behind it or in it
         if s.slots[slot, _TILE] == tile and s.slots[slot, _SEGMENT] <= last_cut:
             s.slots[slot, _SEGMENT], s.slots[slot, _NEXT_ROW] = -1, -1
+
+
+@njit(cache=True)
+def _segment_ends(s: PlanState, tile: int) -> Int64Array:
+    """Ends of a tile's segments, in its tokens."""
+    first = s.tiles[tile, _BEGIN]
+    ends = np.empty(s.tiles[tile, _END] - first, np.int64)
+    tokens = 0
+    for i in range(len(ends)):
+        tokens += s.packed[s.numbers[_SEGMENTS_AT] + 4 * (first + i) + 1]
+        ends[i] = tokens
+    return ends
+
+
+@njit(cache=True)
+def _move_piece(s: PlanState, tile: int, at: int, begin: int, end: int, ends: Int64Array) -> int:
+    """Have the item at `at` attend to a tile's tokens from `begin` to `end`; returns the segment that it begins in."""
+    n = s.numbers
+    place = np.searchsorted(ends, begin, side="right")
+    segment = s.tiles[tile, _BEGIN] + place
+    source, left = n[_SEGMENTS_AT] + 4 * segment, ends[place] - begin
+    _put(s.packed, s.edited, s.edits, n, at + _TOKENS, end - begin)
+    _put(s.packed, s.edited, s.edits, n, at + _NEXT_SEGMENT, segment + 1)
+    _put(s.packed, s.edited, s.edits, n, at + _KV_BEGIN, s.packed[source] + s.packed[source + 1] - left)
+    _put(s.packed, s.edited, s.edits, n, at + _KV_LEN, left)
+    _put(s.packed, s.edited, s.edits, n, at + _ROW_BEGIN, s.packed[source + 2])
+    _put(s.packed, s.edited, s.edits, n, at + _ROW_END, s.packed[source + 3])
+    return int(segment)
 
 
 @njit(cache=True)
