@@ -48,6 +48,7 @@ class FakeCuda:
         fakes: list[tuple[Any, str, Any]] = [
             (driver, "ctxGetCurrent", lambda: self.context),
             (driver, "launchKernel", self.launch_again),
+            (cupy.cuda.runtime, "setDevice", lambda _device: None),
             (streams, "current_stream_of", lambda _framework: lambda _device: self.stream),
             (streams, "use_device", lambda _device: nullcontext()),
             (streams, "is_capturing", lambda _stream: False),

@@ -24,7 +24,9 @@ def gpu(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 
 
 @pytest.fixture(autouse=True)
-def no_maps_are_kept() -> Iterator[None]:
+def no_maps_are_kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr(tensor_map, "make_current", lambda _device: None)
     caches = tensor_map._tensor_map, tensor_map._pair
     for cache in caches:
         cache.cache_clear()
@@ -103,14 +105,27 @@ def test_without_a_driver_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None
     assert tensor_map.tensor_maps(rows(0x1000), rows(0x1000)) is None
 
 
-def test_an_address_that_is_refused_later_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = Encoder()
+def test_what_was_refused_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder(error=1)
     encode_with(encoder, monkeypatch)
-    maps = tensor_map.tensor_maps(rows(0x1000), rows(0x2000))
+    assert tensor_map.tensor_maps(rows(0x1100), rows(0x2200)) is None
+    encoder.error = 0
+    maps = tensor_map.tensor_maps(rows(0x1100), rows(0x2200))
     assert maps is not None
     encoder.error = 1
-    with pytest.raises(RuntimeError, match="0x1000 and 0x3000"):
-        maps(0x1000, 0x3000)
+    with pytest.raises(RuntimeError, match=r"no tensor map for 0x3300, 2 heads, strides \[256, 512\]"):
+        maps(0x1100, 0x3300)
+    assert maps(0x1100, 0x2200) == b"\x11" * 128 + b"\x22" * 128
+
+
+@pytest.mark.parametrize("context", [0, 0xC0])
+def test_a_thread_without_a_context_gets_one(context: int, cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    monkeypatch.undo()
+    monkeypatch.setattr(cupy.cuda.driver, "ctxGetCurrent", lambda: context)
+    monkeypatch.setattr(cupy.cuda.runtime, "setDevice", made.append)
+    tensor_map.make_current(3)
+    assert made == ([] if context else [3])
 
 
 def test_repeats_bring_maps_of_their_addresses(gpu: FakeCuda, torch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +192,8 @@ def test_bulk_copies_bring_what_other_copies_do(
     monkeypatch.setattr(cuda, "tensor_maps", lambda *views: bulk.append(made(*views)) or bulk[-1])
     for encoder in (tensor_map._encoder, lambda: None):
         monkeypatch.setattr(tensor_map, "_encoder", encoder)
-        tensor_map._tensor_map.cache_clear()
+        for cache in (tensor_map._tensor_map, tensor_map._pair):
+            cache.cache_clear()
         plan = ft.plan_decode(tree, *heads, head_dim, device="cuda", kv_indices=indices)
         outs.append(plan.run(cupy.asarray(q), *given, cupy.full(q.shape, np.nan, np.float16)).get())
     right = expected(tree, q, *(array[indices].astype(np.float64) for array in (k, v)))[0]

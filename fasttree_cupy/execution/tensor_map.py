@@ -44,10 +44,25 @@ def tensor_maps(k: ArrayView, v: ArrayView) -> Callable[[int, int], bytes] | Non
         Takes the addresses of K and V, and returns bytes. None where rows are shorter, where CUDA has no tensor maps of
         such strides, or the driver none at all.
     """
+    make_current(k.device[1])
     k_layout, v_layout = _layout(k), _layout(v)
-    if _tensor_map(k.pointer, k_layout) is None or _tensor_map(v.pointer, v_layout) is None:
+    try:
+        _pair(k_layout, v_layout, k.pointer, v.pointer)
+    except _NoTensorMapError:
         return None
     return functools.partial(_pair, k_layout, v_layout)
+
+
+def make_current(device: int) -> None:
+    """Give the calling thread a CUDA context where it has none yet, as the driver's functions ask for."""
+    from cupy.cuda import driver, runtime
+
+    if not driver.ctxGetCurrent():
+        runtime.setDevice(device)
+
+
+class _NoTensorMapError(RuntimeError):
+    """CUDA makes no tensor map. Raised, not returned: what failed once is not kept."""
 
 
 def _layout(kv: ArrayView) -> Layout:
@@ -58,18 +73,15 @@ def _layout(kv: ArrayView) -> Layout:
 
 @functools.lru_cache(maxsize=KEPT)
 def _pair(k_layout: Layout, v_layout: Layout, k: int, v: int) -> bytes:
-    maps = _tensor_map(k, k_layout), _tensor_map(v, v_layout)
-    if maps[0] is None or maps[1] is None:
-        raise RuntimeError(f"CUDA made no tensor maps for K and V at {k:#x} and {v:#x}")
-    return maps[0] + maps[1]
+    return _tensor_map(k, k_layout) + _tensor_map(v, v_layout)
 
 
 @functools.lru_cache(maxsize=KEPT)
-def _tensor_map(address: int, layout: Layout) -> bytes | None:
+def _tensor_map(address: int, layout: Layout) -> bytes:
     encode = _encoder()
     size, heads, head_dim, *strides = layout
     if encode is None or min(strides) < 0 or head_dim * size < BOX_BYTES:
-        return None
+        raise _NoTensorMapError
     memory = (ctypes.c_char * (TENSOR_MAP_BYTES + _ALIGNMENT))()
     at = -(-ctypes.addressof(memory) // _ALIGNMENT) * _ALIGNMENT
     sizes = (ctypes.c_uint64 * 3)(head_dim, heads, MOST_TOKENS)
@@ -77,7 +89,7 @@ def _tensor_map(address: int, layout: Layout) -> bytes | None:
     steps = (ctypes.c_uint32 * 3)(1, 1, 1)
     pointers = ctypes.c_void_p(at), ctypes.c_void_p(address)
     if encode(pointers[0], _TYPES[size], 3, pointers[1], sizes, (ctypes.c_uint64 * 2)(*strides), box, steps, *_MODES):
-        return None
+        raise _NoTensorMapError(f"CUDA made no tensor map for {address:#x}, {heads} heads, strides {strides}")
     return ctypes.string_at(at, TENSOR_MAP_BYTES)
 
 
