@@ -27,6 +27,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) tree_decode_sm90(const
         barrier_init(s.q_full, kProducerWarps * kWarpSize);
         barrier_init(s.q_empty, kConsumerWarps * kWarpArrivals);
         barrier_init(s.given, kConsumerWarps / 2 * kWarpArrivals);
+        fence_shared_async();  // the bulk copy engine, too, is to find them set up
     }
     // Where consumers take more registers than an equal share, the others leave theirs.
     if (uniform(threadIdx.x / kWarpSize) < kConsumerWarps) {

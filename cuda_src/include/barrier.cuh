@@ -52,7 +52,7 @@ __device__ __forceinline__ void named_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Orders what this thread knows to be in shared memory before the matrix products that it starts next.
+// Orders what this thread knows to be in shared memory before what matrix products and bulk copies do there next.
 __device__ __forceinline__ void fence_shared_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Adds to a counter in global memory, after this thread's writes and those it has seen, and before its later reads.
