@@ -35,10 +35,11 @@ TREES = {"one launch": KVTree.from_levels([1], [64]), "merged": KVTree.from_leve
 """Without a workspace, and with one that runs take turns at."""
 CALLS = 200
 BATCHES = 21
-EMPTY = """
-struct Params { char bytes[512]; };
-extern "C" __global__ void empty(const __grid_constant__ Params p) {}
+EMPTY = f"""
+struct Params {{ char bytes[{cuda.WORK_PARAMS.itemsize}]; }};
+extern "C" __global__ void empty(const __grid_constant__ Params p) {{}}
 """
+"""A launch of as many parameters as a run's."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,7 +19,7 @@ using GatherRings = TileRings;
 extern "C" __global__ void __launch_bounds__(kThreads, 1) tree_decode_sm90(const __grid_constant__ WorkParams p) {
     extern __shared__ __align__(1024) unsigned char memory[];
     Shared& s = *reinterpret_cast<Shared*>(memory);
-    // By a thread whose warp is not the first to be waited for. All others meet it after they have asked for their item.
+    // By a thread whose warp is not the first to be waited for. Meanwhile producers ask for their item.
     if (threadIdx.x == kThreads - kWarpSize) {
         GatherRings::init(s);
         barrier_init(s.k_empty, kConsumerWarps / kTokenGroups * kWarpArrivals);

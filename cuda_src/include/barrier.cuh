@@ -47,7 +47,7 @@ __device__ __forceinline__ void barrier_expect(Barrier& barrier, int bytes) {
                  : "memory");
 }
 
-// Named barriers 1 to 15, for `threads` threads in all.
+// Named barriers 0 to 15, 0 that of __syncthreads, for `threads` threads in all.
 __device__ __forceinline__ void named_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }

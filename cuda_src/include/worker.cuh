@@ -34,8 +34,9 @@ constexpr int kTilesAtATime = kProducerWarps / kTileWarps;
 constexpr int kWarpTokens = kTileTokens / kTileWarps;
 constexpr int kLaneTokens = kWarpTokens / kWarpSize;
 constexpr int kPartChunks = kWarpTokens / kChunkTokens;
-// Whether tokens that few rows see come as boxes too. They come from device memory, which delivers them 4% faster to copies
-// of 16 bytes a lane; but with two row groups, and float8, starting these takes longer than the tile.
+constexpr u32 kAllChunks = (1u << kPartChunks) - 1;  // of a part, a bit for each
+// Whether tokens that few rows see come as boxes too. They come from device memory, which delivers them 3 to 5% faster to
+// copies of 16 bytes a lane; but with two row groups starting these takes longer than the tile. Not compared for float8.
 constexpr bool kBoxesApart = kRowGroups == 2 || kFloat8;
 constexpr int kWarpRows = kRows / kProducerWarps;
 constexpr int kChunks = kHeadDim / 8;          // of 8 elements, 16 bytes

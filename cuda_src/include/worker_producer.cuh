@@ -320,11 +320,11 @@ struct Producer {
         if (lane == 0) view.whole[part] = (unsigned char)whole;
     }
 
-    // Starts the copies of this warp's part: boxes by the bulk copy engine, which one lane asks for them; other chunks by
+    // Starts the copies of this warp's part: boxes by the bulk copy engine, which one lane asks for them all; other chunks by
     // 16 bytes a lane.
     __device__ __forceinline__ void copy(const Places& places, const Slot& to, const TensorMap& map, int head, i64 base,
                                          int stride) const {
-        u32 left = (1u << kPartChunks) - 1;
+        u32 left = kAllChunks;
         if (Rings::kBoxes > 0 && p.bulk) {
             left &= ~places.boxes;
             copy_boxes(places, to, map, head);
@@ -343,7 +343,7 @@ struct Producer {
     }
     // Every lane arrives when its copies are there; one for all where boxes bring everything.
     __device__ __forceinline__ void arrive(const Places& places, Barrier& full) const {
-        if (Rings::kBoxes > 0 && p.bulk && places.boxes == (1u << kPartChunks) - 1) {
+        if (Rings::kBoxes > 0 && p.bulk && places.boxes == kAllChunks) {
             if (elected()) barrier_arrive(full, kWarpSize);
         } else {
             arrive_after_copies(shared_address(&full));

@@ -420,6 +420,8 @@ class Launch(NamedTuple):
 class Relaunch:
     """A launch that was done, to be done again with other addresses of Q, K, V and O, with which its struct begins.
 
+    It ends with the tensor maps of K and V, which `maps` gives for their addresses where there are any.
+
     `Launch` asks for the device, its kernel, the stream and the type of the parameters each time. Here these stay, and
     the struct too: the caller lets no two threads in at once.
     """

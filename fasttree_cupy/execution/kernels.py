@@ -247,6 +247,7 @@ def worker_shared_bytes(head_dim: int, row_groups: int, float8: bool) -> int:
     keys, values, raw = worker_stages(head_dim, row_groups, float8)
     tokens = worker_tile_tokens(row_groups, float8)
     rings = (keys + values) * tokens * head_dim * 2 + raw * 2 * tokens * head_dim
+    # As kQuerySlots in worker.cuh.
     query_slots = 1 if row_groups == 2 and not float8 else 2
     queries = query_slots * row_groups * WORKER_GROUP_ROWS * head_dim * 2
     # Accumulators and softmax states that one token group hands to the other; with two row groups one of each.

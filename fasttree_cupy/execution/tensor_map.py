@@ -41,8 +41,8 @@ def tensor_maps(k: ArrayView, v: ArrayView) -> Callable[[int, int], bytes] | Non
     Returns
     -------
     callable or None
-        Takes the addresses of K and V, and returns bytes. None where rows are shorter, where CUDA has no tensor maps of
-        such strides, or the driver none at all.
+        Takes the addresses of K and V, and returns bytes; raises RuntimeError where CUDA refuses one of these. None
+        where rows are shorter, where CUDA has no tensor maps of such strides, or the driver none at all.
     """
     make_current(k.device[1])
     k_layout, v_layout = _layout(k), _layout(v)

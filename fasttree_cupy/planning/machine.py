@@ -107,9 +107,9 @@ H200_WORKERS = WorkerMachine(
     merge_together=5.5,
     merge_together_piece=0.12,
 )
-"""Fitted to 411 runs of plans of FastTree's 45 and PAT's 80 cases on an H200, to 10%; then set by hand (see NOTES.md):
+"""Fitted to 411 runs of plans of FastTree's 45 and PAT's 80 cases on an H200, to 10%. Then set by hand (see NOTES.md):
 merging together so that a tile in 44 pieces is taken for slower than one in 22, as was measured; the start, and all of
-two row groups, to later kernels' times of 27 cases, where the choice between one and two row groups loses 0.4%."""
+two row groups, to later kernels' times of 27 cases, where choosing between one and two row groups loses 0.4%."""
 
 
 class Constants(NamedTuple):
