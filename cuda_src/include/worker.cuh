@@ -35,9 +35,6 @@ constexpr int kWarpTokens = kTileTokens / kTileWarps;
 constexpr int kLaneTokens = kWarpTokens / kWarpSize;
 constexpr int kPartChunks = kWarpTokens / kChunkTokens;
 constexpr u32 kAllChunks = (1u << kPartChunks) - 1;  // of a part, a bit for each
-// Whether tokens that few rows see come as boxes too. They come from device memory, which delivers them 3 to 5% faster to
-// copies of 16 bytes a lane; but with two row groups starting these takes longer than the tile. Not compared for float8.
-constexpr bool kBoxesApart = kRowGroups == 2 || kFloat8;
 constexpr int kWarpRows = kRows / kProducerWarps;
 constexpr int kChunks = kHeadDim / 8;          // of 8 elements, 16 bytes
 constexpr int kTileChunks = kTileTokens / kChunkTokens;  // as warps attend them alone

@@ -68,9 +68,10 @@ struct Consumer : Output {
         }
     }
 
-    // Brings near what is needed at the item's end.
+    // Brings near what is needed at the item's end. By one warp and only where there is such an item: threads ask one by one,
+    // and thousands that ask for one line keep its part of the L2 cache from everybody else.
     __device__ __forceinline__ void fetch_ahead(const WorkItem& item) const {
-        prefetch_item(p.items + max(item.next, 0));
+        if (item.next >= 0 && threadIdx.x < kWarpSize) prefetch_item(p.items + item.next);
         if (item.first_request < 0) {
             prefetch(p.request_order + item.first_position + min(rows.first_row / p.group, item.num_requests - 1));
         }

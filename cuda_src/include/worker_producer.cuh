@@ -15,15 +15,18 @@ struct SegmentStream {
     __device__ __forceinline__ SegmentStream(const WorkParams& p, const WorkItem& item, int lane)
         : p(p), next(item.next_segment + lane), held(item.first), held_begin(lane == 0 ? 0 : item.first.kv_len),
           held_end(item.first.kv_len) {
-        prefetch(following());
+        prefetch_following();
     }
     __device__ __forceinline__ const Segment* following() const { return p.segments + min(next, p.num_segments - 1); }
+    __device__ __forceinline__ void prefetch_following() const {
+        if (next < p.num_segments) prefetch(following());
+    }
 
     // Goes on to the segments whose tokens are numbered from `begin` on.
     __device__ __forceinline__ void advance(int begin, int lane) {
         held = *following();
         next += kWarpSize;
-        prefetch(following());
+        prefetch_following();
         u32 sum = held.kv_len;
 #pragma unroll
         for (int distance = 1; distance < kWarpSize; distance *= 2) {
@@ -186,10 +189,14 @@ struct Producer {
     __device__ __forceinline__ void load_tiles(const WorkItem& item, int first, int turn) {
         choose_head(item.kv_head);
         SegmentStream segments(p, item, lane);
+        // Where there is one place for queries, the first item's come first, later ones' after a tile: until then the place
+        // is taken.
+        const int queries_at = kQuerySlots > 1 ? -1 : turn == 0 ? 0 : kTileTokens;
 #pragma unroll 1
-        for (int begin = (tile - first) * kTileTokens; begin < item.tokens; begin += kTilesAtATime * kTileTokens) {
+        for (int begin = (tile - first) * kTileTokens;; begin += kTilesAtATime * kTileTokens) {
+            if (begin == queries_at) load_queries(item, turn);
+            if (begin >= item.tokens) return;
             load_tile(segments, item, begin);
-            if (kQuerySlots == 1 && begin == 0) load_queries(item, turn);
         }
     }
     __device__ __forceinline__ void load_tile(SegmentStream& segments, const WorkItem& item, int begin) {
@@ -228,7 +235,6 @@ struct Producer {
             search(segments, begin, end, places);
             places.boxes = find_boxes(places);
         }
-        if (!kBoxesApart) places.boxes &= seen_by_most(places);
         return places;
     }
     // Finds the part where each chunk is of one of the held segments, as planned ones are, but for the last of some nodes.
@@ -285,19 +291,6 @@ struct Producer {
             boxes |= (u32((followers & 0xffff) == 0xffff) | u32(followers >> 16 == 0xffff) << 1) << 2 * i;
         }
         return boxes;
-    }
-
-    // Which chunks most of the block's warps see.
-    __device__ __forceinline__ u32 seen_by_most(const Places& places) const {
-        u32 chunks = 0;
-#pragma unroll
-        for (int i = 0; i < kLaneTokens; ++i) {
-            const int begin = places.visible[i] & 0xff, end = begin + (places.visible[i] >> 8);
-            const bool by_most = ((end - 1) / kChunkRows - begin / kChunkRows + 1) * 2 > kRows / kChunkRows;
-            const u32 tokens = __ballot_sync(0xffffffffu, end > begin && by_most);
-            chunks |= ((tokens & 1) | (tokens >> kChunkTokens & 1) << 1) << 2 * i;
-        }
-        return chunks;
     }
 
     // Notes who sees the tokens. What rows past the last compute is never looked at.
