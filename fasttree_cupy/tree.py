@@ -151,6 +151,43 @@ class KVTree:
         return tree
 
     @classmethod
+    def from_parents(
+        cls, parent: npt.ArrayLike, seqlen: npt.ArrayLike, request_node: npt.ArrayLike | None = None
+    ) -> KVTree:
+        """Build from each node's parent, as the class itself does, but with any number of roots.
+
+        Several roots make a forest, whose requests share nothing across its trees. A node of 0 tokens is then put above
+        the roots, with the id N: rows of K and V, requests and the given nodes keep their numbers.
+
+        Parameters
+        ----------
+        parent : array_like of int, shape (N,)
+            Id of each node's parent; -1 for each root.
+        seqlen, request_node
+            See `KVTree`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `KVTree` does, but for several roots.
+        """
+        parents, lengths = int_vector(parent, "parent"), int_vector(seqlen, "seqlen")
+        roots = parents == -1
+        if np.count_nonzero(roots) < 2 or len(parents) != len(lengths):
+            return cls(parents, lengths, request_node)
+        above = len(parents)
+        bad = np.flatnonzero((parents < -1) | (parents >= above))
+        if len(bad) > 0:
+            what = f"is {parents[bad[0]]}, expected -1 (a root) or a node id from 0 to {above - 1}"
+            raise ValueError(f"parent[{bad[0]}] {what}")
+        ends = None if request_node is None else int_vector(request_node, "request_node")
+        if ends is not None:
+            beyond = np.flatnonzero(ends == above)  # where the class would find the node that is put above the roots
+            if len(beyond) > 0:
+                raise ValueError(f"request_node[{beyond[0]}] is {above}, expected a node id from 0 to {above - 1}")
+        return cls(np.append(np.where(roots, above, parents), -1), np.append(lengths, 0), ends)
+
+    @classmethod
     def from_levels(cls, nodes_per_level: Sequence[int], tokens_per_level: Sequence[int]) -> KVTree:
         """Build a tree level by level.
 

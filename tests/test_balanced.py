@@ -147,6 +147,17 @@ def test_little_work_goes_to_few_workers() -> None:
     assert (made.workers, made.partials, len(made.items)) == (1, 0, 1)
 
 
+def test_tokens_that_all_warps_with_rows_see_come_first() -> None:
+    # Ten rows lie in one warp of a tile, which sees every token: to deal these out warp by warp would keep three idle.
+    made = balanced.plan(ft.KVTree.from_levels([1, 10], [400, 40]), 1, 1, 128, 1, ROW_GROUPS[1])
+    assert made.segments[:, 1].tolist() == [400] + [40] * 10
+    # With 64 rows each leaf is seen by one warp of four, and whole steps of leaves are dealt out in chunks of 16.
+    made = balanced.plan(ft.KVTree.from_levels([1, 64], [64, 32]), 1, 1, 128, 1, ROW_GROUPS[1])
+    first_leaves = made.segments[made.segments[:, 3] - made.segments[:, 2] == 1][:4]
+    assert first_leaves[:, 1].tolist() == [16] * 4
+    assert (first_leaves[:, 2] // 16).tolist() == [0, 1, 2, 3]
+
+
 def test_what_is_too_large_is_refused() -> None:
     with pytest.raises(ValueError, match="tree_info holds 4294967294 tokens"):
         balanced.plan(ft.KVTree([-1, 0], [2**31 - 1, 2**31 - 1]), 1, 1, 128, 132, H200_WORKERS)

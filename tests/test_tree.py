@@ -294,6 +294,48 @@ def test_wrong_levels(arguments: tuple[Any, Any], error: type[Exception], messag
         KVTree.from_levels(*arguments)
 
 
+def test_from_parents_of_one_tree() -> None:
+    tree, same = KVTree.from_parents([-1, 0, 0], [3, 1, 2], [1, 2, 1]), KVTree([-1, 0, 0], [3, 1, 2], [1, 2, 1])
+    for name in ("parent", "seqlen", "request_node"):
+        assert getattr(tree, name).tolist() == getattr(same, name).tolist()
+
+
+def test_from_parents_of_a_forest() -> None:
+    forest = KVTree.from_parents([-1, 0, -1, 0, 2], [3, 1, 2, 4, 5])
+    assert forest.parent.tolist() == [5, 0, 5, 0, 2, -1]
+    assert forest.seqlen.tolist() == [3, 1, 2, 4, 5, 0]
+    assert forest.request_node.tolist() == [1, 3, 4]
+    # Rows are those of the nodes as given: the one that is put above them has none.
+    assert [forest.request_rows(i).tolist() for i in range(3)] == [
+        [0, 1, 2, 3],
+        [0, 1, 2, 6, 7, 8, 9],
+        [4, 5, 10, 11, 12, 13, 14],
+    ]
+
+
+def test_a_forest_of_lone_requests() -> None:
+    forest = KVTree.from_parents([-1] * 4, [2, 0, 3, 1], request_node=[3, 2, 1, 0, 3])
+    assert [len(forest.request_rows(i)) for i in range(5)] == [1, 3, 0, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([-1, -1, 3], [1, 1, 1]), r"parent\[2\] is 3, expected -1 \(a root\) or a node id from 0 to 2"),
+        (([-1, -1, -2], [1, 1, 1]), r"parent\[2\] is -2, expected -1"),
+        (([-1, -1], [1]), "seqlen has 1 entries, expected one a node as in parent: 2"),
+        (([-1, -1], [1, -1]), r"seqlen\[1\] is -1"),
+        (([-1, -1], [1, 1], [0, 1, 2]), r"request_node\[2\] is 2, expected a node id from 0 to 1"),
+        (([-1, -1], [1, 1], [0]), "request_node: leaf 1 has no request"),
+        (([0, 0], [1, 1]), "expected one root"),
+        (([], []), "parent is empty"),
+    ],
+)
+def test_wrong_parents(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KVTree.from_parents(*arguments)
+
+
 # Files.
 
 

@@ -35,7 +35,9 @@ constexpr int kWarpTokens = kTileTokens / kTileWarps;
 constexpr int kLaneTokens = kWarpTokens / kWarpSize;
 constexpr int kPartChunks = kWarpTokens / kChunkTokens;
 constexpr u32 kAllChunks = (1u << kPartChunks) - 1;  // of a part, a bit for each
-constexpr int kWarpRows = kRows / kProducerWarps;
+// The last producer warps copy an item's queries: where the first gather a tile of their own, these have it sooner.
+constexpr int kQueryWarps = kTilesAtATime == 1 ? kProducerWarps : kRows / kWarpSize;
+constexpr int kWarpRows = kRows / kQueryWarps;  // of queries
 constexpr int kChunks = kHeadDim / 8;          // of 8 elements, 16 bytes
 constexpr int kTileChunks = kTileTokens / kChunkTokens;  // as warps attend them alone
 constexpr int kTileBytes = kTileTokens * kHeadDim * 2;
@@ -46,7 +48,7 @@ constexpr int kQuerySlots = kTilesAtATime == 1 ? 1 : 2;
 
 static_assert(kRowGroups == 1 || kRowGroups == 2, "two warpgroups split rows or tokens");
 static_assert(kValueStages > kTokenGroups, "each warpgroup holds the values of a tile while it waits for the next one");
-static_assert(kWarpRows <= kWarpSize, "a lane holds one row's place");
+static_assert(kQueryWarps <= kProducerWarps && kWarpRows <= kWarpSize, "a lane holds one row's place");
 static_assert(kLaneTokens == 1 || kLaneTokens == 2, "see Producer::row_of");
 // A barrier's parity does not tell a phase from the one after the next.
 static_assert(kTilesAtATime <= kKeyStages && kTilesAtATime <= kValueStages,
@@ -60,6 +62,7 @@ constexpr int kOwnGroup = 1;
 
 // Which of the block's rows see a tile's tokens. A bit stands for 16 rows, of which
 struct alignas(8) TileView {
+    u32 chunks_seen[kTileWarps];         // as four bits each: how many chunks of a producer warp's part these rows see
     unsigned char seen_by[kTileChunks];  // some row sees some token of the chunk
     unsigned char whole[kTileWarps];     // every row sees every token of a producer warp's part
 };

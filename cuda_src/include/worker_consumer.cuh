@@ -21,8 +21,9 @@ using ChunkBits = Bytes<kTileChunks>;
 using Chunks = ChunkBits::Type;
 constexpr Chunks kEveryChunk = Chunks(0x0101010101010101u);
 
-// A tile's chunks times the warps that see them, of a warpgroup, up to which its warps attend the tile apart: half of all.
-constexpr int kMostApart = kTileChunks * 2;
+// Chunks of a tile that a warp attends in less time than its warpgroup the whole tile: half of them.
+constexpr int kMostApart = kTileChunks / 2;
+static_assert(kMostApart < 7 && kTileChunks + 7 - kMostApart < 16, "four bits hold a sum, see seen_together");
 
 struct Consumer : Output {
     Ring<kKeyStages> keys;  // the place of this warpgroup's current tile
@@ -101,10 +102,16 @@ struct Consumer : Output {
         for (int part = 1; part < kTileWarps; ++part) whole &= view().whole[part];
         return {own_chunks() != 0, (whole >> rows.first_row / kChunkRows & 1) != 0};
     }
-    // Whether the warpgroup's products are worth it for the current tile, whose keys it waits for.
+    // Whether the warpgroup's products are worth it for the current tile, whose keys it waits for: where one of its warps
+    // sees many chunks.
     __device__ __forceinline__ bool seen_together() const {
         barrier_wait(s.k_full[keys.stage], keys.parity);
-        return __any_sync(0xffffffffu, ChunkBits::count(seen_by(row_group * 4) & kEveryChunk * 0xf) > kMostApart);
+        u32 chunks_seen = 0;
+#pragma unroll
+        for (int part = 0; part < kTileWarps; ++part) chunks_seen += view().chunks_seen[part];
+        // The highest of four bits is set where there are more than kMostApart.
+        const u32 many = chunks_seen + 0x11111111u * (7 - kMostApart) & 0x88888888u;
+        return __any_sync(0xffffffffu, (many >> row_group * 16 & 0xffff) != 0);
     }
 
     // Attends tiles up to the next one that is not seen together. The values of a tile are added during the softmax of the

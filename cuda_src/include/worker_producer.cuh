@@ -171,8 +171,10 @@ struct Producer {
     // at what is computed: any queries do.
     __device__ __forceinline__ void load_queries(const WorkItem& item, int turn) const {
         using Place = PanelPlace<kRows, kChunks>;
-        const QueryRow own(p, item, warp * kWarpRows + lane % kWarpRows);
-        const Place to(warp * kWarpRows, lane);
+        const int first_row = (warp - (kProducerWarps - kQueryWarps)) * kWarpRows;
+        if (first_row < 0) return;
+        const QueryRow own(p, item, first_row + lane % kWarpRows);
+        const Place to(first_row, lane);
         const int slot = turn % kQuerySlots;
         const u32 tile = shared_address(s.q[slot]);
         const i64 row = own.valid ? own.request * p.q_stride_request + own.head * p.q_stride_head : 0;
@@ -310,7 +312,12 @@ struct Producer {
         whole = __reduce_and_sync(0xffffffffu, whole);
         TileView& view = s.view[rings.view()];
         if (lane < kPartChunks) view.seen_by[part * kPartChunks + lane] = (unsigned char)(seen_by >> lane * 8);
-        if (lane == 0) view.whole[part] = (unsigned char)whole;
+        const u32 own_chunks = lane < kRows / kChunkRows ? __popc(seen_by & 0x01010101u << lane) << lane * 4 : 0;
+        const u32 chunks_seen = __reduce_or_sync(0xffffffffu, own_chunks);
+        if (lane == 0) {
+            view.whole[part] = (unsigned char)whole;
+            view.chunks_seen[part] = chunks_seen;
+        }
     }
 
     // Starts the copies of this warp's part: boxes by the bulk copy engine, which one lane asks for them all; other chunks by

@@ -198,7 +198,7 @@ def _deal(
 ) -> tuple[float, Int64Array, Int64Array]:
     """The cheapest way to deal out tiles of so many row groups: its estimate, tokens of the tiles, pieces."""
     group, num_kv_heads, head_dim = heads
-    tokens, together = tile_tokens(layout, batch, group, row_groups * GROUP_ROWS // group, row_groups)
+    tokens, together = tile_tokens(layout, batch, group, row_groups * GROUP_ROWS // group)
     step_us = rates.step * head_dim / 128
     apart = rates.apart_step / rates.step
     step_costs = apart + (1 - apart) * together / np.maximum(tokens, 1)

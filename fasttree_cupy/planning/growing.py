@@ -157,7 +157,7 @@ class GrowingPlan:
             tree.capacity.requests,
             self.sizes.tiles,
             workers,
-            (group, num_kv_heads, requests, STEP_TOKENS[self.row_groups], self.row_groups),
+            (group, num_kv_heads, requests, STEP_TOKENS[self.row_groups]),
             (step_us, rates.item / step_us, rates.apart_step / rates.step, PLAN_US, CUT_US),
         )
         self.packed = self._state.packed

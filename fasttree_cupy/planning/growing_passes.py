@@ -65,9 +65,9 @@ class PlanState(NamedTuple):
     tails: Int32Array
 
 
-_NUMBERS = range(16)
+_NUMBERS = range(15)
 (
-    _GROUP, _HEADS, _REQUESTS, _STEP_TOKENS, _ROW_GROUPS, _ITEMS_AT, _ORDER_AT, _SEGMENTS_AT,
+    _GROUP, _HEADS, _REQUESTS, _STEP_TOKENS, _ITEMS_AT, _ORDER_AT, _SEGMENTS_AT,
     _CHANGE, _EDITS, _FULL, _USED_TILES, _USED_ITEMS, _USED_PIECES, _USED_POSITIONS, _USED_SEGMENTS,
 ) = _NUMBERS  # fmt: skip
 """Requests of a tile and other constants; the number of this change, its edits, and whether they are too many."""
@@ -93,7 +93,7 @@ def make_state(
     requests: int,
     tiles: int,
     workers: int,
-    tile: tuple[int, int, int, int, int],
+    tile: tuple[int, int, int, int],
     costs: tuple[float, float, float, float, float],
 ) -> PlanState:
     """Arrays for a plan.
@@ -104,8 +104,8 @@ def make_state(
         Elements of `packed`, and where items, order and segments begin in it.
     requests, tiles, workers : int
         Slots, tiles and workers, at most.
-    tile : 5 int
-        Query heads a KV head, KV heads, requests of a tile, tokens of a step, row groups.
+    tile : 4 int
+        Query heads a KV head, KV heads, requests of a tile, tokens of a step.
     costs : 5 float
         Microseconds of a step, steps of an item and of a step of tokens that few rows see, microseconds of a new plan
         and of new cuts.
@@ -253,26 +253,28 @@ def _spread_segments(s: PlanState, segments: Int32Array) -> None:
 
 
 @njit(cache=True, inline="always")
-def _token_cost(n: Int64Array, costs: Float64Array, first_row: int, end_row: int) -> float:
+def _token_cost(s: PlanState, tile: int, first_row: int, end_row: int) -> float:
     """What a token costs which these rows of a tile see, one that most rows see costing 1."""
-    return 1.0 if is_together(first_row, end_row, n[_ROW_GROUPS]) else costs[_APART]
+    n = s.numbers
+    rows = min(n[_REQUESTS], n[_USED_POSITIONS] - s.tiles[tile, _FIRST]) * n[_GROUP]
+    return 1.0 if is_together(first_row, end_row, rows) else s.costs[_APART]
 
 
 @njit(cache=True)
-def _token_steps(s: PlanState, first_row: int, end_row: int) -> float:
+def _token_steps(s: PlanState, tile: int, first_row: int, end_row: int) -> float:
     """The same in steps."""
-    return float(_token_cost(s.numbers, s.costs, first_row, end_row) / s.numbers[_STEP_TOKENS])
+    return float(_token_cost(s, tile, first_row, end_row) / s.numbers[_STEP_TOKENS])
 
 
 @njit(cache=True)
 def _step_cost(s: PlanState, tile: int) -> float:
     """Mean cost of a step of a tile's tokens."""
-    n, costs, packed = s.numbers, s.costs, s.packed
+    n, packed = s.numbers, s.packed
     tokens, cost = 0, 0.0
     for segment in range(s.tiles[tile, _BEGIN], s.tiles[tile, _END]):
         at = n[_SEGMENTS_AT] + 4 * segment
         tokens += packed[at + 1]
-        cost += packed[at + 1] * _token_cost(n, costs, packed[at + 2], packed[at + 3])
+        cost += packed[at + 1] * _token_cost(s, tile, packed[at + 2], packed[at + 3])
     return cost / max(1, tokens)
 
 
@@ -333,11 +335,11 @@ def append(s: PlanState, slots: Int32Array, rows: Int32Array) -> bool:
 def _lengthen(s: PlanState) -> None:
     """Add the tokens that tiles gained, seen by a request each, to the last piece of each of their units."""
     n = s.numbers
-    token_steps = _token_steps(s, 0, n[_GROUP])
     for tile in range(n[_USED_TILES]):
         gained = s.tiles[tile, _GAINED]
         if gained == 0:
             continue
+        token_steps = _token_steps(s, tile, 0, n[_GROUP])
         s.tiles[tile, _GAINED] = 0
         s.costs[_GROWN] += gained * token_steps * n[_HEADS]
         for unit in range(tile * n[_HEADS], (tile + 1) * n[_HEADS]):
@@ -514,7 +516,7 @@ def _add_item(s: PlanState, head: int, tokens: int, slot: int) -> None:
     worker = s.loads.argmin()
     _put(s.packed, s.edited, s.edits, n, _item_at(n, s.tails[worker]) + _NEXT, n[_USED_ITEMS])
     s.tails[worker] = n[_USED_ITEMS]
-    s.loads[worker] += s.costs[_ITEM_STEPS] + tokens * _token_steps(s, 0, n[_GROUP])
+    s.loads[worker] += s.costs[_ITEM_STEPS] + tokens / n[_STEP_TOKENS]  # all of the tile's rows see them
     unit = n[_USED_TILES] * n[_HEADS] + head
     s.units[unit, 0], s.units[unit, 1] = n[_USED_PIECES], 1
     s.pieces[n[_USED_PIECES], _ITEM], s.pieces[n[_USED_PIECES], _WORKER] = n[_USED_ITEMS], worker
@@ -540,7 +542,7 @@ def finish(s: PlanState, slots: Int32Array) -> bool:
         for segment in range(s.tiles[tile, _BEGIN], s.tiles[tile, _END]):
             _, count, first_row, end_row = s.packed[n[_SEGMENTS_AT] + 4 * segment : n[_SEGMENTS_AT] + 4 * segment + 4]
             if first_row <= row < end_row and _nobody_sees(s, tile, first_row, end_row):
-                _empty(s, tile, segment, begin, begin + count, _token_steps(s, first_row, end_row))
+                _empty(s, tile, segment, begin, begin + count, _token_steps(s, tile, first_row, end_row))
             else:
                 begin += count
         s.slots[slot] = -1

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 __all__ = ["COST_MODEL", "H200", "H200_WORKERS", "Constants", "Machine", "WorkerMachine", "WorkerRates", "built_in"]
 
-COST_MODEL = 2
+COST_MODEL = 3
 """Version of the cost models and of the kernels that they describe. Constants that were fitted to another one are not
 used: count it up where a formula, or what a kernel does in a step, an item or a merge, changes."""
 

@@ -15,7 +15,7 @@ from numba import njit
 
 from fasttree_cupy.planning.subtree import WARP_ROWS, _Layout
 
-__all__ = ["CHUNK_TOKENS", "is_together", "tile_segments", "tile_tokens"]
+__all__ = ["CHUNK_TOKENS", "is_together", "tile_rows", "tile_segments", "tile_tokens"]
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -27,9 +27,7 @@ GROUP_WARPS = 4
 
 
 @njit(cache=True)
-def tile_tokens(
-    layout: _Layout, batch: int, group: int, requests: int, row_groups: int
-) -> tuple[Int64Array, Int64Array]:
+def tile_tokens(layout: _Layout, batch: int, group: int, requests: int) -> tuple[Int64Array, Int64Array]:
     """Tokens that each tile attends to, and how many of them are seen together."""
     num_tiles = -(-batch // requests)
     tokens, together = np.zeros(num_tiles, np.int64), np.zeros(num_tiles, np.int64)
@@ -39,7 +37,7 @@ def tile_tokens(
             for tile in range(tile_of[layout.begins[node]], tile_of[layout.ends[node] - 1] + 1):
                 begin, end = _rows(layout, node, tile, group, requests)
                 tokens[tile] += layout.seqlen[node]
-                if is_together(begin, end, row_groups):
+                if is_together(begin, end, tile_rows(batch, group, requests, tile)):
                     together[tile] += layout.seqlen[node]
     return tokens, together
 
@@ -62,10 +60,16 @@ def _rows(layout: _Layout, node: int, tile: int, group: int, requests: int) -> t
     return begin * group, end * group
 
 
+@njit(cache=True, inline="always")
+def tile_rows(batch: int, group: int, requests: int, tile: int) -> int:
+    """Query rows of a tile: all but the last have `requests` requests."""
+    return min(requests, batch - tile * requests) * group
+
+
 @njit(cache=True)
-def is_together(begin: int, end: int, row_groups: int) -> bool:
-    """Whether rows lie in more than half of a tile's warps."""
-    return ((end - 1) // WARP_ROWS - begin // WARP_ROWS + 1) * 2 > GROUP_WARPS * row_groups
+def is_together(begin: int, end: int, rows: int) -> bool:
+    """Whether rows `begin` to `end` of a tile lie in more than half of the warps that have some of its `rows`."""
+    return ((end - 1) // WARP_ROWS - begin // WARP_ROWS + 1) * 2 > -(-rows // WARP_ROWS)
 
 
 @njit(cache=True)
@@ -78,7 +82,7 @@ def tile_segments(
     """
     num_tiles = -(-batch // requests)
     queues = GROUP_WARPS * row_groups + 1  # of a tile: what is seen together, then what begins in each warp's rows
-    ends, runs, room = _queue(layout, num_tiles, batch, group, requests, row_groups, queues)
+    ends, runs, room = _queue(layout, num_tiles, batch, group, requests, queues)
     segments, starts = np.empty((max(1, room), 4), np.int32), np.empty(max(1, room), np.int32)
     segments[0] = 0  # where no tile has a token
     first, left = np.empty(queues, np.int64), np.empty(queues, np.int64)
@@ -96,7 +100,7 @@ def tile_segments(
 
 @njit(cache=True)
 def _queue(
-    layout: _Layout, num_tiles: int, batch: int, group: int, requests: int, row_groups: int, queues: int
+    layout: _Layout, num_tiles: int, batch: int, group: int, requests: int, queues: int
 ) -> tuple[Int64Array, Int32Array, int]:
     """Runs of each tile's queues, ancestors first; queue i's end before ``ends[i]``, i = tile * queues + queue.
 
@@ -119,7 +123,7 @@ def _queue(
             for tile in range(tile_of[layout.begins[node]], tile_of[layout.ends[node] - 1] + 1):
                 begin, end = _rows(layout, node, tile, group, requests)
                 queue = tile * queues
-                if not is_together(begin, end, row_groups):
+                if not is_together(begin, end, tile_rows(batch, group, requests, tile)):
                     queue += 1 + begin // WARP_ROWS
                 if fill == 0:
                     # A cut costs a segment; a step seen together may be cut by one that is not.

@@ -95,7 +95,7 @@ def worker_samples(problem: Problem, multiprocessors: int, machine: WorkerMachin
     known = set()
     for row_groups, step_tokens in STEP_TOKENS.items():
         requests = row_groups * GROUP_ROWS // group
-        tokens, together = tile_tokens(layout, tree.batch_size, group, requests, row_groups)
+        tokens, together = tile_tokens(layout, tree.batch_size, group, requests)
         shares = together / np.maximum(tokens, 1)
         for workers in sorted({max(1, int(share * multiprocessors)) for share in _SHARES}):
             for cuts in (machine, free):
