@@ -165,8 +165,9 @@ class Growth:
             with self._turns.lock:
                 self._turns.wait(work)
                 self._following.follow(change(), memory, work)
-                self._turns.end(work)
-            work.keep_borrowed((memory.workspace,) if memory.borrowed else (), memory, memory.home)
+                self._turns.readers.add(work, memory.home, self._turns.end(work))
+            if memory.borrowed:
+                work.keep_borrowed((memory.workspace,))
 
     def _slots(self, requests: Any, once: bool) -> Int32Array:
         """`requests` as int32, live slots; each named once if so asked."""

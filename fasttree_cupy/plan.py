@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -157,6 +158,7 @@ class DecodePlan:
         self._place = (kind, int(index or 0))
         self.memory: PlanMemory | None = None
         self._turns = Turns()
+        weakref.finalize(self, self._turns.readers.let_go).atexit = False
         self._checked_inputs: tuple[Any, ...] = ()
         self._checked_output: tuple[Any, ...] = ()
         self._last: Repeat | None = None
@@ -219,7 +221,7 @@ class DecodePlan:
             with self._turns.lock:
                 if work is not None:
                     self._turns.wait(work)
-                self.memory, self._last = self.schedule.needs.place(space, work), None
+                self._use(self.schedule.needs.place(space, work))
                 if work is not None:
                     self._turns.end(work)
 
@@ -413,8 +415,15 @@ class DecodePlan:
         with self._turns.lock:
             schedule = self._growth.schedule()
             if schedule is not self.schedule:
-                self.schedule, self.memory = schedule, schedule.needs.place(None, work)
+                self.schedule = schedule
+                self._use(schedule.needs.place(None, work))
             return schedule, self._placed()
+
+    def _use(self, memory: PlanMemory) -> None:
+        """Have the plan's next runs use this memory; streams that still use what it had before keep that."""
+        self._turns.readers.let_go()
+        self.memory = self._turns.readers.memory = memory
+        self._last = None
 
     def _placed(self) -> PlanMemory:
         if self.memory is None:
@@ -461,9 +470,10 @@ class DecodePlan:
             if memory.shared:
                 self._turns.wait(work)
             made = queue(work)
-            if memory.shared:
-                self._turns.end(work)
-        work.keep_borrowed((*borrowed, memory.workspace) if memory.borrowed else borrowed, memory, memory.home)
+            behind = self._turns.end(work) if memory.shared else None
+            self._turns.readers.add(work, memory.home, behind)
+        if borrowed or memory.borrowed:
+            work.keep_borrowed((*borrowed, memory.workspace) if memory.borrowed else borrowed)
         return made
 
     def _check(self, q: ArrayView, k: ArrayView, v: ArrayView, num_tokens: int) -> None:

@@ -13,6 +13,8 @@ from fasttree_cupy.execution.schedule import BalancedSchedule
 from fasttree_cupy.planning import balanced
 from fasttree_cupy.planning.balanced import BalancedPlan
 from fasttree_cupy.planning.machine import H200, H200_WORKERS, Constants, WorkerMachine, WorkerRates
+from fasttree_cupy.planning.row_tiles import tile_tokens
+from fasttree_cupy.planning.subtree import depth_first, lay_out
 from tests.cases import TREES, Tree
 from tests.plans import poison_partials
 from tests.reference import dense_attention, path_rows
@@ -149,8 +151,12 @@ def test_little_work_goes_to_few_workers() -> None:
 
 def test_tokens_that_all_warps_with_rows_see_come_first() -> None:
     # Ten rows lie in one warp of a tile, which sees every token: to deal these out warp by warp would keep three idle.
-    made = balanced.plan(ft.KVTree.from_levels([1, 10], [400, 40]), 1, 1, 128, 1, ROW_GROUPS[1])
+    tree = ft.KVTree.from_levels([1, 10], [400, 40])
+    made = balanced.plan(tree, 1, 1, 128, 1, ROW_GROUPS[1])
     assert made.segments[:, 1].tolist() == [400] + [40] * 10
+    _, begins, ends = depth_first(tree)
+    tokens, together = tile_tokens(lay_out(tree, begins, ends, None), 10, 1, 64)
+    assert tokens.tolist() == together.tolist() == [800]
     # With 64 rows each leaf is seen by one warp of four, and whole steps of leaves are dealt out in chunks of 16.
     made = balanced.plan(ft.KVTree.from_levels([1, 64], [64, 32]), 1, 1, 128, 1, ROW_GROUPS[1])
     first_leaves = made.segments[made.segments[:, 3] - made.segments[:, 2] == 1][:4]

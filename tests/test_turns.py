@@ -65,9 +65,6 @@ class FakeStream:
     def is_default(self) -> bool:
         return self.handle <= 1
 
-    def mark(self) -> str:
-        return f"event behind {self.handle}"
-
 
 @pytest.mark.parametrize(
     ("streams", "waits"),
@@ -75,17 +72,17 @@ class FakeStream:
         ([0, 0, 1, 0], []),
         ([5, 5], [(5, "event behind 5")]),  # its handle may be another stream's by now
         ([5, 6, 0, 0], [(6, "event behind 5"), (0, "event behind 6")]),
-        ([0, 5, 0], [(5, "late event behind 0"), (0, "event behind 5")]),
+        ([0, 5, 0], [(5, "event behind 0"), (0, "event behind 5")]),
         ([2, 2], [(2, "event behind 2")]),  # each thread's own
         ([5, -6, 7], [(7, "event behind 5")]),
-        ([0, -6, 0, 7], [(7, "late event behind 0")]),
+        ([0, -6, 0, 7], [(7, "event behind 0")]),
     ],
 )
 def test_what_waits_for_what(streams: list[int], waits: list[tuple[int, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Handles of the streams of one run after the other; a negative one is being captured."""
     seen: list[tuple[int, str]] = []
     monkeypatch.setattr(turns, "wait_for", lambda stream, event: seen.append((stream, event)))
-    monkeypatch.setattr(turns, "record_event", lambda stream: f"late event behind {stream}")
+    monkeypatch.setattr(turns, "record_event", lambda stream, _event: f"event behind {stream}")
     order = Turns()
     for handle in streams:
         stream: Any = FakeStream(abs(handle), handle < 0)

@@ -108,7 +108,7 @@ class WorkStream:
         Whether this is the legacy default stream.
     """
 
-    __slots__ = ("_capturing", "_current", "_followed", "_mark", "device", "handle", "is_default")
+    __slots__ = ("_capturing", "_current", "_followed", "device", "handle", "is_default")
 
     def __init__(self, handle: int, device: int) -> None:
         self.handle = handle
@@ -117,7 +117,6 @@ class WorkStream:
         self._current: dict[str, int] = {}
         self._followed: set[str] = set()
         self._capturing: bool | None = None
-        self._mark: Any = None
 
     @classmethod
     def of(cls, stream: Any, framework: str, device: int) -> WorkStream:
@@ -133,12 +132,6 @@ class WorkStream:
         if self._capturing is None:
             self._capturing = not self.is_default and is_capturing(self.handle)
         return self._capturing
-
-    def mark(self) -> Any:
-        """The event behind what the stream had queued when first asked for it."""
-        if self._mark is None:
-            self._mark = record_event(self.handle)
-        return self._mark
 
     def current(self, framework: str) -> int:
         """The handle of the stream that was `framework`'s current one when first asked for."""
@@ -162,37 +155,25 @@ class WorkStream:
             return nullcontext()
         return use_stream(self.handle, self.device)
 
-    def keep_borrowed(self, views: Sequence[ArrayView], own: object = None, home: int = 0) -> None:
-        """Hold what could be reused before the stream has read it (see `keep_alive`).
+    def keep_borrowed(self, views: Sequence[ArrayView]) -> None:
+        """Hold the caller's arrays that could be reused before the stream has read them (see `keep_alive`).
 
         That is, what belongs to a framework that frees memory in another order than that of the stream: torch and CuPy
         where their current stream is another one, all others always. Under a capture nothing is held: a graph's memory
         is its caller's to keep.
-
-        Parameters
-        ----------
-        views : sequence of ArrayView
-            The caller's arrays.
-        own : object, optional
-            Holder of our own memory.
-        home : int
-            The stream in whose order CuPy reuses that: the one that was its current one when it was allocated.
         """
-        owners: list[object] = []
-        if views:
-            others = {name for name in {view.framework for view in views} if not self._reused_in_order(name)}
-            owners += [view.owner for view in views if view.framework in others]
-        if own is not None and home != self.handle:
-            owners.append(own)
+        others = {name for name in {view.framework for view in views} if not self._reused_in_order(name)}
+        owners = [view.owner for view in views if view.framework in others]
         if owners and not self.is_capturing:
-            keep_alive(self.mark(), owners)
+            keep_alive(record_event(self.handle), owners)
 
     def _reused_in_order(self, framework: str) -> bool:
         return framework in ("torch", "cupy") and self.current(framework) == self.handle
 
 
 _in_use: deque[tuple[Any, tuple[object, ...]]] = deque()
-_in_use_lock = threading.Lock()
+_in_use_lock = threading.RLock()
+"""A collection of garbage may come at any line, and a plan that it finds may have something to hold."""
 
 
 def keep_alive(event: Any, owners: Iterable[object]) -> None:
@@ -205,16 +186,21 @@ def keep_alive(event: Any, owners: Iterable[object]) -> None:
     with _in_use_lock:
         _in_use.append((event, tuple(owners)))
         done = []  # dropped outside the lock: what an owner's end runs may come back here
-        while _in_use and _in_use[0][0].done:
-            done.append(_in_use.popleft())
+        while _in_use:
+            first = _in_use.popleft()
+            if not first[0].done:
+                _in_use.appendleft(first)
+                break
+            done.append(first)
     del done
 
 
-def record_event(stream: int) -> Any:
-    """A new event behind what a stream has queued."""
+def record_event(stream: int, event: Any = None) -> Any:
+    """The event, or a new one, behind what a stream has queued; a wait that was queued stays for what it was before."""
     import cupy
 
-    event = cupy.cuda.Event(disable_timing=True)
+    if event is None:
+        event = cupy.cuda.Event(disable_timing=True)
     cupy.cuda.runtime.eventRecord(event.ptr, stream)
     return event
 

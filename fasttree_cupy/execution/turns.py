@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from fasttree_cupy.execution.readers import Readers
 from fasttree_cupy.execution.streams import DEFAULT_STREAM, WorkStream, record_event, wait_for
 
 __all__ = ["Turns"]
@@ -15,17 +16,20 @@ class Turns:
 
     Runs on the default stream alone cost nothing: that stream never ends, so an event is recorded on it only when
     another stream is to wait for it. Any other stream may be gone by then, and its handle may be another one's: an
-    event follows each run. A capture neither waits nor is waited for, which CUDA forbids: a graph's replays are its
-    caller's to order.
+    event follows each run, the same one each time, as each run waits for the one before. A capture neither waits nor is
+    waited for, which CUDA forbids: a graph's replays are its caller's to order.
 
     Attributes
     ----------
     lock : Lock
-        To be held from `wait` to `end`.
+        To be held from `wait` to `end`, and for `readers`.
+    readers : Readers
+        The streams that use the plan's memory.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
+        self.readers = Readers()
         self._last: Any = None  # the event behind the last run
         self._on_default = False  # or that run was on the default stream, and there is no event yet
 
@@ -34,13 +38,16 @@ class Turns:
         if (self._on_default and stream.is_default) or stream.is_capturing:
             return
         if self._on_default:
-            self._last, self._on_default = record_event(DEFAULT_STREAM), False
+            self._last, self._on_default = record_event(DEFAULT_STREAM, self._last), False
         if self._last is not None:
             wait_for(stream.handle, self._last)
 
-    def end(self, stream: WorkStream) -> None:
-        """Have the next run wait for what `stream` has queued."""
+    def end(self, stream: WorkStream) -> Any:
+        """Have the next run wait for what `stream` has queued; returns the event behind it, if there is one yet."""
         if stream.is_default:
             self._on_default = True
-        elif not stream.is_capturing:
-            self._last, self._on_default = stream.mark(), False
+            return None
+        if stream.is_capturing:
+            return None
+        self._last, self._on_default = record_event(stream.handle, self._last), False
+        return self._last

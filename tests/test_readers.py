@@ -1,0 +1,137 @@
+"""What a plan's memory is held for: streams that still use it, and no longer."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from fasttree_cupy.execution import streams
+from fasttree_cupy.execution.readers import MOST_EVENTS, Readers
+
+
+@dataclass(eq=False)
+class Event:
+    """One behind what a stream has queued."""
+
+    stream: int
+    done: bool = False
+
+
+class Gpu:
+    """Events and waits, written down."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made: list[Event] = []
+        self.waits: list[tuple[int, Event]] = []
+        monkeypatch.setattr(streams, "record_event", self.record)
+        monkeypatch.setattr(streams, "wait_for", lambda stream, event: self.waits.append((stream, event)))
+
+    def record(self, stream: int, event: Event | None = None) -> Event:
+        if event is None:
+            self.made.append(Event(stream))
+            return self.made[-1]
+        event.stream, event.done = stream, False
+        return event
+
+
+@dataclass
+class Stream:
+    """What `Readers` asks of a WorkStream."""
+
+    handle: int
+    is_capturing: bool = False
+
+
+class Memory:
+    """Something to hold."""
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    return Gpu(monkeypatch)
+
+
+def add(readers: Readers, stream: int, home: int = 0, behind: Any = None, capturing: bool = False) -> None:
+    work: Any = Stream(stream, capturing)
+    readers.add(work, home, behind)
+
+
+def dropped(readers: Readers) -> weakref.ref[Memory]:
+    """What is left of the memory that the readers are told to let go of."""
+    readers.memory = Memory()
+    memory = weakref.ref(readers.memory)
+    readers.let_go()
+    return memory
+
+
+def test_memory_is_not_held_for_its_own_stream_or_a_captured_one(gpu: Gpu) -> None:
+    readers = Readers()
+    add(readers, 5, home=5)
+    add(readers, 0)
+    add(readers, 7, capturing=True)
+    assert dropped(readers)() is None
+    assert gpu.made == []
+
+
+def test_one_event_follows_a_streams_runs(gpu: Gpu) -> None:
+    readers = Readers()
+    for stream in (5, 5, 6, 5):
+        add(readers, stream)
+    first, second = gpu.made
+    assert (first.stream, second.stream) == (5, 6)
+    assert gpu.waits == [(5, first), (5, first)]  # the handle may be another stream's by now
+
+
+def test_memory_is_held_until_all_its_streams_are_done(gpu: Gpu) -> None:
+    readers = Readers()
+    add(readers, 5)
+    add(readers, 6)
+    memory = dropped(readers)
+    for event in gpu.made:
+        assert memory() is not None
+        event.done = True
+        streams.keep_alive(Event(0, done=True), [])
+    assert memory() is None
+    assert dropped(readers)() is None  # what comes next is not held for them
+
+
+def test_the_event_of_a_turn_is_enough(gpu: Gpu) -> None:
+    readers, behind = Readers(), Event(6)
+    for stream in (5, 6, 5):
+        add(readers, stream, behind=behind)
+    memory = dropped(readers)
+    assert memory() is not None
+    behind.done = True
+    streams.keep_alive(Event(0, done=True), [])
+    assert memory() is None
+    assert gpu.made == []
+
+
+def test_streams_that_are_done_are_forgotten(gpu: Gpu) -> None:
+    readers = Readers()
+    for stream in range(1, 100):
+        add(readers, stream)
+        if stream < 99:
+            gpu.made[-1].done = True
+    assert len(readers._events) <= MOST_EVENTS
+    memory = dropped(readers)
+    assert memory() is not None
+    gpu.made[-1].done = True
+    streams.keep_alive(Event(0, done=True), [])
+    assert memory() is None
+
+
+def test_what_an_owners_end_holds_is_no_trouble(gpu: Gpu) -> None:
+    class Owner:
+        def __del__(self) -> None:
+            streams.keep_alive(Event(0, done=True), [])
+
+    owner = Owner()
+    streams.keep_alive(Event(0, done=True), [owner])
+    gone = weakref.ref(owner)
+    del owner
+    streams.keep_alive(Event(0, done=True), [])
+    assert gone() is None
