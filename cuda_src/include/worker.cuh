@@ -62,7 +62,7 @@ constexpr int kOwnGroup = 1;
 
 // Which of the block's rows see a tile's tokens. A bit stands for 16 rows, of which
 struct alignas(8) TileView {
-    u32 chunks_seen[kTileWarps];         // as four bits each: how many chunks of a producer warp's part these rows see
+    u32 chunks_seen[kTileWarps];         // here four bits stand for them: the chunks of a producer warp's part that they see
     unsigned char seen_by[kTileChunks];  // some row sees some token of the chunk
     unsigned char whole[kTileWarps];     // every row sees every token of a producer warp's part
 };

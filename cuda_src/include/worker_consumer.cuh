@@ -8,13 +8,11 @@ struct Bytes;
 template <>
 struct Bytes<4> {
     using Type = u32;
-    static __device__ __forceinline__ int count(u32 bits) { return __popc(bits); }
     static __device__ __forceinline__ int first(u32 bits) { return __ffs(bits) - 1; }
 };
 template <>
 struct Bytes<8> {
     using Type = u64;
-    static __device__ __forceinline__ int count(u64 bits) { return __popcll(bits); }
     static __device__ __forceinline__ int first(u64 bits) { return __ffsll(bits) - 1; }
 };
 using ChunkBits = Bytes<kTileChunks>;
@@ -109,8 +107,8 @@ struct Consumer : Output {
         u32 chunks_seen = 0;
 #pragma unroll
         for (int part = 0; part < kTileWarps; ++part) chunks_seen += view().chunks_seen[part];
-        // The highest of four bits is set where there are more than kMostApart.
-        const u32 many = chunks_seen + 0x11111111u * (7 - kMostApart) & 0x88888888u;
+        // Each highest of four bits is set where there are more than kMostApart.
+        const u32 many = (chunks_seen + 0x11111111u * (7 - kMostApart)) & 0x88888888u;
         return __any_sync(0xffffffffu, (many >> row_group * 16 & 0xffff) != 0);
     }
 

@@ -10,6 +10,7 @@ from numba import njit
 
 from fasttree_cupy.planning.balanced import ITEM_FIELDS
 from fasttree_cupy.planning.row_tiles import is_together
+from fasttree_cupy.planning.subtree import WARP_ROWS
 
 __all__ = [
     "FORKS",
@@ -257,7 +258,7 @@ def _token_cost(s: PlanState, tile: int, first_row: int, end_row: int) -> float:
     """What a token costs which these rows of a tile see, one that most rows see costing 1."""
     n = s.numbers
     rows = min(n[_REQUESTS], n[_USED_POSITIONS] - s.tiles[tile, _FIRST]) * n[_GROUP]
-    return 1.0 if is_together(first_row, end_row, rows) else s.costs[_APART]
+    return 1.0 if is_together(first_row, end_row, -(-rows // WARP_ROWS)) else s.costs[_APART]
 
 
 @njit(cache=True)

@@ -15,7 +15,7 @@ from numba import njit
 
 from fasttree_cupy.planning.subtree import WARP_ROWS, _Layout
 
-__all__ = ["CHUNK_TOKENS", "is_together", "tile_rows", "tile_segments", "tile_tokens"]
+__all__ = ["CHUNK_TOKENS", "is_together", "tile_segments", "tile_tokens"]
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -31,13 +31,13 @@ def tile_tokens(layout: _Layout, batch: int, group: int, requests: int) -> tuple
     """Tokens that each tile attends to, and how many of them are seen together."""
     num_tiles = -(-batch // requests)
     tokens, together = np.zeros(num_tiles, np.int64), np.zeros(num_tiles, np.int64)
-    tile_of = _tile_of(batch, requests)
+    tile_of, warps = _tile_of(batch, requests), _tile_warps(batch, group, requests)
     for node in layout.breadth_first:
         if layout.seqlen[node] > 0 and layout.begins[node] < layout.ends[node]:
             for tile in range(tile_of[layout.begins[node]], tile_of[layout.ends[node] - 1] + 1):
                 begin, end = _rows(layout, node, tile, group, requests)
                 tokens[tile] += layout.seqlen[node]
-                if is_together(begin, end, tile_rows(batch, group, requests, tile)):
+                if is_together(begin, end, warps[tile]):
                     together[tile] += layout.seqlen[node]
     return tokens, together
 
@@ -60,16 +60,20 @@ def _rows(layout: _Layout, node: int, tile: int, group: int, requests: int) -> t
     return begin * group, end * group
 
 
-@njit(cache=True, inline="always")
-def tile_rows(batch: int, group: int, requests: int, tile: int) -> int:
-    """Query rows of a tile: all but the last have `requests` requests."""
-    return min(requests, batch - tile * requests) * group
+@njit(cache=True)
+def _tile_warps(batch: int, group: int, requests: int) -> Int32Array:
+    """Warps that have rows of each tile: all but the last tile have `requests` requests."""
+    num_tiles = -(-batch // requests)
+    warps = np.full(num_tiles, -(-requests * group // WARP_ROWS), np.int32)
+    if num_tiles > 0:
+        warps[-1] = -(-(batch - (num_tiles - 1) * requests) * group // WARP_ROWS)
+    return warps
 
 
 @njit(cache=True)
-def is_together(begin: int, end: int, rows: int) -> bool:
-    """Whether rows `begin` to `end` of a tile lie in more than half of the warps that have some of its `rows`."""
-    return ((end - 1) // WARP_ROWS - begin // WARP_ROWS + 1) * 2 > -(-rows // WARP_ROWS)
+def is_together(begin: int, end: int, warps: int) -> bool:
+    """Whether rows `begin` to `end` of a tile lie in more than half of the `warps` that have some of its rows."""
+    return ((end - 1) // WARP_ROWS - begin // WARP_ROWS + 1) * 2 > warps
 
 
 @njit(cache=True)
@@ -107,7 +111,7 @@ def _queue(
     The third is a bound of the segments.
     """
     ends = np.zeros(num_tiles * queues, np.int64)
-    tile_of = _tile_of(batch, requests)
+    tile_of, warps = _tile_of(batch, requests), _tile_warps(batch, group, requests)
     runs = np.empty((0, 4), np.int32)
     room = 0
     for fill in range(2):
@@ -123,7 +127,7 @@ def _queue(
             for tile in range(tile_of[layout.begins[node]], tile_of[layout.ends[node] - 1] + 1):
                 begin, end = _rows(layout, node, tile, group, requests)
                 queue = tile * queues
-                if not is_together(begin, end, tile_rows(batch, group, requests, tile)):
+                if not is_together(begin, end, warps[tile]):
                     queue += 1 + begin // WARP_ROWS
                 if fill == 0:
                     # A cut costs a segment; a step seen together may be cut by one that is not.
