@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 
 import fasttree_cupy as ft
-from fasttree_cupy.execution import arrays, cuda, streams
+from fasttree_cupy.execution import arrays, cuda, streams, turns
 from fasttree_cupy.execution.arrays import address_of_alike
 from fasttree_cupy.execution.plan_memory import MemoryNeeds
 from fasttree_cupy.execution.schedule import BalancedSchedule
@@ -122,6 +124,34 @@ def test_repeats_go_to_the_current_stream_in_turn(gpu: FakeCuda, torch: Any) -> 
     assert [stream for _, stream, _ in gpu.launches] == [0, 0, 6, 5, 5, 0]
     assert gpu.hows == ["anew"] + ["again"] * 5
     assert gpu.waits == [6, 5, 5, 0]
+
+
+@pytest.mark.parametrize("tree", [TREE, CUT], ids=["no workspace", "workspace"])
+def test_a_dropped_plans_memory_is_held_for_another_stream(
+    tree: ft.KVTree, gpu: FakeCuda, torch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    event = SimpleNamespace(done=False)
+    for place in (streams, turns):
+        monkeypatch.setattr(place, "record_event", lambda _stream, _event=None: event)
+    plan, given = ft.plan_decode(tree, *LAYOUT), tensors(torch, tree)
+    for gpu.stream in (0, 5, 5):
+        plan.run(**given)
+    memory = weakref.ref(plan.memory)
+    del plan
+    gc.collect()
+    assert memory() is not None
+    event.done = True
+    streams.keep_alive(SimpleNamespace(done=True), [])
+    assert memory() is None
+
+
+def test_a_dropped_plans_memory_is_not_held_for_its_own_stream(gpu: FakeCuda, torch: Any) -> None:
+    plan, given = ft.plan_decode(CUT, *LAYOUT), tensors(torch, CUT)
+    plan.run(**given)
+    memory = weakref.ref(plan.memory)
+    del plan
+    gc.collect()
+    assert memory() is None
 
 
 def resized(array: Any, *shape: int) -> Any:
