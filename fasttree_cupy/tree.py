@@ -176,16 +176,12 @@ class KVTree:
         if np.count_nonzero(roots) < 2 or len(parents) != len(lengths):
             return cls(parents, lengths, request_node)
         above = len(parents)
-        bad = np.flatnonzero((parents < -1) | (parents >= above))
-        if len(bad) > 0:
-            what = f"is {parents[bad[0]]}, expected -1 (a root) or a node id from 0 to {above - 1}"
-            raise ValueError(f"parent[{bad[0]}] {what}")
-        ends = None if request_node is None else int_vector(request_node, "request_node")
-        if ends is not None:
-            beyond = np.flatnonzero(ends == above)  # where the class would find the node that is put above the roots
-            if len(beyond) > 0:
-                raise ValueError(f"request_node[{beyond[0]}] is {above}, expected a node id from 0 to {above - 1}")
-        return cls(np.append(np.where(roots, above, parents), -1), np.append(lengths, 0), ends)
+        # The class would take the node that is put above the roots for one of the caller's.
+        _check_ids("parent", parents, -1, above, "-1 (a root) or a node id")
+        if request_node is not None:
+            request_node = int_vector(request_node, "request_node")
+            _check_ids("request_node", request_node, 0, above, "a node id")
+        return cls(np.append(np.where(roots, above, parents), -1), np.append(lengths, 0), request_node)
 
     @classmethod
     def from_levels(cls, nodes_per_level: Sequence[int], tokens_per_level: Sequence[int]) -> KVTree:
@@ -487,6 +483,13 @@ def _raise_not_a_node(nodes: Sequence[object], where: _Where) -> NoReturn:
                 f"{where.whole}[{i}] is {type(node).__name__} without {', '.join(missing)}, expected a KVTreeNode"
             )
     raise TypeError(f"{where.whole} holds nodes whose fields cannot be read")
+
+
+def _check_ids(name: str, ids: Int64Array, least: int, end: int, expected: str) -> None:
+    """Check that `ids` go from `least` to below `end`."""
+    wrong = np.flatnonzero((ids < least) | (ids >= end))
+    if len(wrong) > 0:
+        raise ValueError(f"{name}[{wrong[0]}] is {ids[wrong[0]]}, expected {expected} from 0 to {end - 1}")
 
 
 def _structure(parent: Int64Array, seqlen: Int64Array, where: _Where) -> tuple[Int32Array, Int32Array]:

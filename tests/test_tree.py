@@ -326,6 +326,8 @@ def test_a_forest_of_lone_requests() -> None:
         (([-1, -1], [1]), "seqlen has 1 entries, expected one a node as in parent: 2"),
         (([-1, -1], [1, -1]), r"seqlen\[1\] is -1"),
         (([-1, -1], [1, 1], [0, 1, 2]), r"request_node\[2\] is 2, expected a node id from 0 to 1"),
+        (([-1, -1], [1, 1], [0, 7]), r"request_node\[1\] is 7, expected a node id from 0 to 1"),
+        (([-1, -1], [1, 1], [-1, 0]), r"request_node\[0\] is -1, expected a node id from 0 to 1"),
         (([-1, -1], [1, 1], [0]), "request_node: leaf 1 has no request"),
         (([0, 0], [1, 1]), "expected one root"),
         (([], []), "parent is empty"),

@@ -19,7 +19,7 @@ using ChunkBits = Bytes<kTileChunks>;
 using Chunks = ChunkBits::Type;
 constexpr Chunks kEveryChunk = Chunks(0x0101010101010101u);
 
-// Chunks of a tile that a warp attends in less time than its warpgroup the whole tile: half of them.
+// Chunks of a tile up to which each warp attends its own: half of all was no slower than fewer (bench/NOTES.md).
 constexpr int kMostApart = kTileChunks / 2;
 static_assert(kMostApart < 7 && kTileChunks + 7 - kMostApart < 16, "four bits hold a sum, see seen_together");
 

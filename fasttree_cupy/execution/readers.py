@@ -17,7 +17,8 @@ class Readers:
     """The streams beside its own that use a plan's memory.
 
     CuPy reuses freed memory in the order of the stream that was its current one when the memory was allocated. On any
-    other stream an event follows each run, the same one each time: to make, ask and drop one a run costs the host 3 us.
+    other stream an event follows each run: the same one each time, as a new one would have to be kept, asked and
+    dropped.
 
     Attributes
     ----------
@@ -44,7 +45,7 @@ class Readers:
         if stream.handle == home or stream.is_capturing:
             return
         if behind is not None:
-            self._events[home] = behind
+            self._events[home] = behind  # a place that no stream takes: on its own one, none is needed
             return
         event = self._events.get(stream.handle)
         if event is not None:
