@@ -1,13 +1,15 @@
-// Grid (ceil(merges * qo_heads / kWarps)), block kWarps * 32 threads: one warp an output row.
+// Grid (ceil(merges * qo_heads / heads / kWarps)), block kWarps * 32 threads: a warp merges some heads of a request.
 //
 // Stage 2: merges the partial outputs of one request and head by log-sum-exp. A request without partials gets 0.
-#include "config.cuh"
+#include "barrier.cuh"
 #include "softmax.cuh"
 
 constexpr int kWarps = 4;
 constexpr int kLaneDims = max_of(1, kHeadDim / kWarpSize);  // lane i holds dimensions i * kLaneDims ...
 constexpr int kActiveLanes = kHeadDim / kLaneDims;
-constexpr int kUnroll = 8;                                  // partials in flight
+// Partial outputs in flight: of one head, where there are few rows, or of several, which share their requests' lists.
+constexpr int kHeads = kLaneDims <= 4 ? 4 : 2;
+constexpr int kUnrollOne = 8, kUnrollHeads = 4;
 
 static_assert(kActiveLanes <= kWarpSize, "a warp covers a row");
 
@@ -33,53 +35,13 @@ struct Stage2Params {
     int merges;
     int qo_heads;
     int o_aligned;                    // rows of o start at multiples of 16 bytes
-    int padding;
+    int heads;                        // that a warp merges: kHeads, where that divides qo_heads, or 1
 };
 static_assert(sizeof(Stage2Params) == 96, "as STAGE2_PARAMS in cuda.py");
 
-extern "C" __global__ void __launch_bounds__(kWarps * kWarpSize)
-stage2(const __grid_constant__ Stage2Params p) {
-    const int lane = threadIdx.x % kWarpSize;
-    const i64 output = i64(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
-    if (output >= i64(p.merges) * p.qo_heads || lane >= kActiveLanes) return;
-    const int merge = int(output / p.qo_heads);
-    const int head = int(output % p.qo_heads);
-    const int request = p.requests == nullptr ? merge : p.requests[merge];
-    const int count = p.req_to_vnode_lens[merge];
-    const int* entries = p.req_to_vnode_entries + p.req_to_vnode_offs[merge];
-
-    SoftmaxState state;
-    float o[kLaneDims] = {};
-    for (int first = 0; first < count; first += kUnroll) {
-        // All loads of a group are issued before the first use. Past the end there is zero: an infinity read again and
-        // weighted by 0 would be NaN.
-        Partial part[kUnroll];
-        float score[kUnroll];
-        float highest = -kInfinity;
-#pragma unroll
-        for (int t = 0; t < kUnroll; ++t) {
-            const bool valid = first + t < count;
-            const i64 row = i64(entries[valid ? first + t : first]) * p.qo_heads + head;
-            score[t] = valid ? p.mid_lse[row] : -kInfinity;
-            part[t] = valid ? reinterpret_cast<const Partial*>(p.mid_o + row * kHeadDim)[lane] : Partial{};
-        }
-#pragma unroll
-        for (int t = 0; t < kUnroll; ++t) {
-            score[t] *= kLog2e;
-            highest = fmaxf(highest, score[t]);
-        }
-        const float factor = state.raise(highest);
-#pragma unroll
-        for (int i = 0; i < kLaneDims; ++i) o[i] *= factor;
-#pragma unroll
-        for (int t = 0; t < kUnroll; ++t) {
-            const float weight = state.weight(score[t]);
-            state.l += weight;
-#pragma unroll
-            for (int i = 0; i < kLaneDims; ++i) o[i] += weight * part[t].value[i];
-        }
-    }
-
+// Writes a row, and its LSE where that is wanted.
+__device__ __forceinline__ void write(const Stage2Params& p, int request, int head, int lane, const SoftmaxState& state,
+                                      const float (&o)[kLaneDims]) {
     if (p.lse != nullptr && lane == 0) p.lse[i64(request) * p.qo_heads + head] = state.natural_lse();
     u16* out = p.o + request * p.o_stride_request + head * p.o_stride_head + lane * kLaneDims;
     Output result;
@@ -90,5 +52,84 @@ stage2(const __grid_constant__ Stage2Params p) {
     } else {
 #pragma unroll
         for (int i = 0; i < kLaneDims; ++i) out[i] = result.value[i];
+    }
+}
+
+// A warp's share: kRows heads of a request from `head` on, kUnroll partial outputs of each at a time.
+template <int kRows, int kUnroll>
+__device__ __forceinline__ void merge(const Stage2Params& p, int merge, int head, int lane) {
+    const int request = p.requests == nullptr ? merge : p.requests[merge];
+    const int count = p.req_to_vnode_lens[merge];
+    const int* entries = p.req_to_vnode_entries + p.req_to_vnode_offs[merge];
+    int partials[kUnroll];
+    const auto find = [&](int first) {
+#pragma unroll
+        for (int t = 0; t < kUnroll; ++t) partials[t] = first + t < count ? entries[first + t] : 0;
+    };
+    find(0);
+    wait_for_launcher();  // stage 1: nothing so far was written by it
+
+    SoftmaxState state[kRows];
+    float o[kRows][kLaneDims] = {};
+#pragma unroll 1
+    for (int first = 0; first < count; first += kUnroll) {
+        // All loads of a group are issued before the first use: scores, with which sums begin, are the last. Past the end
+        // there is zero: an infinity read again and weighted by 0 would be NaN.
+        Partial part[kRows][kUnroll];
+        float score[kRows][kUnroll];
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+            for (int t = 0; t < kUnroll; ++t) {
+                const i64 row = i64(partials[t]) * p.qo_heads + head + r;
+                part[r][t] = first + t < count ? reinterpret_cast<const Partial*>(p.mid_o + row * kHeadDim)[lane] : Partial{};
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+            for (int t = 0; t < kUnroll; ++t) {
+                const i64 row = i64(partials[t]) * p.qo_heads + head + r;
+                score[r][t] = first + t < count ? p.mid_lse[row] : -kInfinity;
+            }
+        }
+        find(first + kUnroll);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+            float highest = -kInfinity;
+#pragma unroll
+            for (int t = 0; t < kUnroll; ++t) {
+                score[r][t] *= kLog2e;
+                highest = fmaxf(highest, score[r][t]);
+            }
+            const float factor = state[r].raise(highest);
+#pragma unroll
+            for (int i = 0; i < kLaneDims; ++i) o[r][i] *= factor;
+#pragma unroll
+            for (int t = 0; t < kUnroll; ++t) {
+                const float weight = state[r].weight(score[r][t]);
+                state[r].l += weight;
+#pragma unroll
+                for (int i = 0; i < kLaneDims; ++i) o[r][i] += weight * part[r][t].value[i];
+            }
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+        write(p, request, head + r, lane, state[r], o[r]);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(kWarps * kWarpSize)
+stage2(const __grid_constant__ Stage2Params p) {
+    const int lane = threadIdx.x % kWarpSize;
+    const i64 share = i64(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
+    const int shares = p.qo_heads / p.heads;  // of a request
+    if (share >= i64(p.merges) * shares || lane >= kActiveLanes) return;
+    const int index = int(share / shares), head = int(share % shares) * p.heads;
+    if (p.heads == 1) {
+        merge<1, kUnrollOne>(p, index, head, lane);
+    } else {
+        merge<kHeads, kUnrollHeads>(p, index, head, lane);
     }
 }

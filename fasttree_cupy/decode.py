@@ -19,7 +19,7 @@ from fasttree_cupy.checks import (
 from fasttree_cupy.execution import arrays, cpu, cuda, streams
 from fasttree_cupy.execution.arrays import ArrayView
 from fasttree_cupy.execution.operands import Operands
-from fasttree_cupy.metadata import MetadataTuple, PhaseNodeNums
+from fasttree_cupy.metadata import UNKNOWN, MetadataTuple, Phase, PhaseNodeNums
 from fasttree_cupy.params import checked_pair
 
 __all__ = ["fasttree_decode"]
@@ -188,7 +188,8 @@ def run(
         cpu.run(operands, numpy_metadata(views, phases))
         return
     metadata = [views[name] for name in ARRAY_NAMES]
-    cuda.decode(operands, metadata, phases.node_nums, phases.node_offsets, phases.q_tile_sizes, kernel, stream)
+    columns = (phases.node_offsets, phases.node_nums, phases.q_tile_sizes, phases.longest_vnodes)
+    cuda.decode(operands, metadata, list(map(Phase, *columns)), kernel, stream)
     stream.keep_borrowed([*operands[:4], *metadata])
 
 
@@ -200,16 +201,19 @@ class Phases(NamedTuple):
     q_tile_sizes: list[int]
     num_tokens: int | None
     """Rows that K and V must have; None where ``phase_node_nums`` does not say."""
+    longest_vnodes: tuple[int, int]
 
 
 def check_phases(node_nums: Any, node_offsets: Any, q_tile_sizes: Any, kv_tile_sizes: Any) -> Phases:
     """Check the pairs of integers by themselves."""
     checked_pair(kv_tile_sizes, "phase_kv_tile_sizes")
+    known = node_nums if isinstance(node_nums, PhaseNodeNums) else None
     return Phases(
         checked_pair(node_nums, "phase_node_nums", least=0),
         checked_pair(node_offsets, "phase_node_offsets", least=0),
         checked_pair(q_tile_sizes, "phase_q_tile_sizes"),
-        node_nums.num_tokens if isinstance(node_nums, PhaseNodeNums) else None,
+        None if known is None else known.num_tokens,
+        UNKNOWN if known is None else known.longest_vnodes,
     )
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-__all__ = ["MetadataTuple", "PhaseNodeNums"]
+__all__ = ["MetadataTuple", "Phase", "PhaseNodeNums"]
+
+INT32_MAX = 2**31 - 1
+UNKNOWN = (INT32_MAX, INT32_MAX)
 
 
 class PhaseNodeNums(list[int]):
@@ -15,14 +18,36 @@ class PhaseNodeNums(list[int]):
     ----------
     num_tokens : int
         Rows that the K and V buffers must have: decoding checks them without reading device memory.
+    longest_vnodes : tuple of 2 int
+        Most tokens of a vnode of each phase: which kernel is fastest depends on it, the result does not.
     """
 
-    def __init__(self, nums: Iterable[int], num_tokens: int) -> None:
+    def __init__(self, nums: Iterable[int], num_tokens: int, longest_vnodes: tuple[int, int] = UNKNOWN) -> None:
         super().__init__(nums)
         self.num_tokens = num_tokens
+        self.longest_vnodes = longest_vnodes
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (list(self), self.num_tokens)
+        return type(self), (list(self), self.num_tokens, self.longest_vnodes)
+
+
+class Phase(NamedTuple):
+    """The vnodes of a phase.
+
+    Attributes
+    ----------
+    first_vnode, vnodes : int
+        Which they are.
+    q_tile_size : int
+        Most requests of one, as a rule.
+    longest : int
+        Most tokens of one; the largest int32 where that is not known.
+    """
+
+    first_vnode: int
+    vnodes: int
+    q_tile_size: int
+    longest: int
 
 
 class MetadataTuple(NamedTuple):

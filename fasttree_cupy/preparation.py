@@ -107,7 +107,7 @@ def fasttree_preparation(
     )  # fmt: skip
     mid_shape = (len(made.vnode_to_q_entries), num_heads, head_dim)
     arrays, mid_o, mid_lse = place_schedule(made[:9], mid_shape, place)
-    nums = PhaseNodeNums(made.phase_node_nums, tree.unique_tokens)
+    nums = PhaseNodeNums(made.phase_node_nums, tree.unique_tokens, made.longest_vnodes)
     metadata = MetadataTuple._make([*arrays, mid_o, mid_lse, nums, made.phase_node_offsets])
     assignments = made.node_assignments.tolist()
     if verbose:

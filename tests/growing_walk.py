@@ -82,9 +82,7 @@ class Device:
         self.packed[where] = values
 
 
-def rows_attended(
-    plan: GrowingPlan, packed: Any, group: int, kv_heads: int, head_dim: int
-) -> list[dict[int, list[int]]]:
+def rows_attended(plan: GrowingPlan, packed: Any, group: int, kv_heads: int) -> list[dict[int, list[int]]]:
     """Rows of K and V that each KV head of each slot attends to, sorted; checks what the kernel relies on."""
     s = plan.sizes
     items = packed[s.items_at : s.items_at + 16 * s.items].reshape(-1, 16)
@@ -131,11 +129,11 @@ def rows_attended(
                     assert following < s.segments
                     segment = segments[following].tolist()
                     following += 1
-    check_pieces(plan, pieces, head_dim)
+    check_pieces(plan, pieces)
     return [{slot: sorted(rows) for slot, rows in found.items()} for found in attended]
 
 
-def check_pieces(plan: GrowingPlan, pieces: dict[tuple[int, int], list[tuple[int, ...]]], head_dim: int) -> None:
+def check_pieces(plan: GrowingPlan, pieces: dict[tuple[int, int], list[tuple[int, ...]]]) -> None:
     """Pieces are numbered, share a counter, and own one partial output each, within the arrays' sizes."""
     partials: list[int] = []
     counters: list[int] = []
@@ -145,7 +143,7 @@ def check_pieces(plan: GrowingPlan, pieces: dict[tuple[int, int], list[tuple[int
         if len(found) > 1:
             ((partial, counter, together),) = {tuple(rest) for _, _, *rest in found}
             partials += range(partial, partial + len(found))
-            counters += range(counter, counter + (2 + head_dim // 16 if together else 1))
+            counters += range(counter, counter + (len(found) if together else 1))
     assert len(set(partials)) == len(partials)
     assert max(partials, default=-1) < plan.sizes.partials
     assert len(set(counters)) == len(counters)

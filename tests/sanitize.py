@@ -16,8 +16,10 @@ import sys
 from typing import Any
 
 import ml_dtypes
+import pytest
 
 import fasttree_cupy as ft
+from fasttree_cupy.execution import cuda
 from fasttree_cupy.execution.device import gpu_problem
 
 LAYOUTS = (
@@ -33,6 +35,15 @@ TREES = (
     ft.KVTree.from_levels([1, 2], [2600, 17]),  # cut so often that workers merge together
     ft.KVTree([-1, 0, 0, 1], [0, 0, 70, 65], [0] * 70 + [1, 2, 3, 3]),  # tiles that attend to nothing
 )
+
+
+def run_documented(kernel: str, *arguments: Any) -> None:
+    """One run of the documented functions; "ampere" is "mma" without the kernel of compute capability 9.0."""
+    with pytest.MonkeyPatch.context() as patch:
+        if kernel == "ampere":
+            patch.setattr(cuda, "stage1_sm90_serves", lambda _: False)
+            kernel = "mma"
+        ft.fasttree_decode(*arguments, kernel=kernel)
 
 
 def run_growing(tree: ft.KVTree, heads: int, kv_heads: int, head_dim: int, q: Any, k: Any, v: Any) -> int:
@@ -68,10 +79,8 @@ def main() -> int:
                     tree, kv_ptrs, tree.batch_size, heads, kv_heads, head_dim,
                     [256, 64], [132, 528], [132, 132], params, device="cuda", verbose=False,
                 )  # fmt: skip
-                for kernel in ("mma", "plain"):
-                    ft.fasttree_decode(
-                        q, k, v, None, *metadata, params.TSQs, params.TSKs, head_dim**-0.5, kernel=kernel
-                    )
+                for kernel in ("mma", "ampere", "plain"):
+                    run_documented(kernel, q, k, v, None, *metadata, params.TSQs, params.TSKs, head_dim**-0.5)
                     runs += 1
             plan = ft.plan_decode(tree, heads, kv_heads, head_dim, device="cuda")
             for cap in (-1, 20.0):

@@ -79,7 +79,7 @@ def check_pieces(made: BalancedPlan, pieces: dict[tuple[int, int], list[tuple[in
             ((first, counter, together),) = {tuple(rest) for _, _, *rest in found}
             partials += range(first, first + len(found))
             assert not together or len(made.items) == made.workers
-            counters += range(counter, counter + (2 + 128 // 16 if together else 1))
+            counters += range(counter, counter + (len(found) if together else 1))
             merges += 1
     assert sorted(partials) == list(range(made.partials))
     assert sorted(counters) == list(range(made.counters))

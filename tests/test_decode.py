@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from fasttree_cupy.decode import fasttree_decode
+from fasttree_cupy.execution import cuda
 from fasttree_cupy.params import FastTreeParams
 from fasttree_cupy.plan import plan_decode
 from fasttree_cupy.preparation import fasttree_preparation
@@ -32,6 +33,8 @@ BACKENDS = [
     pytest.param("mma", id="mma", marks=pytest.mark.gpu),
     pytest.param("plain", id="plain", marks=pytest.mark.gpu),
 ]
+AMPERE_DIMS = (64, 128)
+"""Head dims for which a GPU of compute capability 9.0 has a kernel of its own."""
 NAN_BITS = 0x7FFF  # a NaN in float16 and in bfloat16
 BASIC = Case(cases.TREES[4], "float16", 64, 4, 2, (16, 4), (32, 32), "contiguous", -1.0)
 
@@ -184,6 +187,16 @@ def test_case(case: Case, backend: str) -> None:
     check(case, backend, amplitude=10.0 if case.logit_cap == 30 else 1.0)
 
 
+AMPERE_CASES = [case for case in cases.CASES if case.head_dim in AMPERE_DIMS and case.layout != "odd_strides"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", AMPERE_CASES[::3], ids=[case.id for case in AMPERE_CASES[::3]])
+def test_case_as_on_ampere(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "stage1_sm90_serves", lambda _: False)
+    check(case, "mma", amplitude=10.0 if case.logit_cap == 30 else 1.0)
+
+
 def test_every_tree_meets_every_value() -> None:
     assert len(cases.TREES) == 220
     for tree in cases.TREES:
@@ -309,6 +322,32 @@ def test_arrays_of_more_than_2_31_elements(backend: str, cupy: Any) -> None:
 @pytest.mark.parametrize("sm_scale", [1.0, 0.01, 0.0, -0.2])
 def test_sm_scale(backend: str, sm_scale: float) -> None:
     check(BASIC, backend, sm_scale=sm_scale)
+
+
+@backends
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tokens_that_lie_anywhere(backend: str, dtype: str) -> None:
+    """Rows of K and V that do not follow one another, or only some of them."""
+    tree = cases.levels_tree("scattered", [1, 3, 30], [200, 90, 21])
+    case = replace(BASIC, tree=tree, dtype=dtype, head_dim=128, TSQs=(64, 8))
+    xp = namespace(backend)
+    metadata, params = prepare(case, backend)
+    inputs = make_inputs(case, xp, 1.0)
+    rows = np.arange(len(inputs.k))
+    rng = np.random.default_rng(SEED)
+    rows[150:700] = 150 + rng.permutation(550)
+    rows[[3, 4]] = rows[[4, 3]]
+    where = xp.asarray(rows.astype(np.int32))
+    for name in "kv":
+        array = getattr(inputs, name)
+        array.view(np.uint16)[where] = array.view(np.uint16).copy()
+    metadata = metadata._replace(vnode_to_kv_entries=where[metadata.vnode_to_kv_entries])
+    kernel = "auto" if backend == "cpu" else backend
+    arrays = inputs.q, inputs.k, inputs.v, inputs.o
+    fasttree_decode(*arrays, *metadata, params.TSQs, params.TSKs, 0.1, kernel=kernel)
+    actual = result_bits(inputs, backend).view(DTYPES[dtype]).astype(np.float64)
+    expected, _ = reference(case, inputs.values, 0.1, xp)
+    assert_close(actual, expected, DTYPES[dtype])
 
 
 @backends

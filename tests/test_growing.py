@@ -60,7 +60,7 @@ class Growing:
 
     def check(self) -> None:
         expected = {slot: sorted(rows) for slot, rows in self.model.paths.items()}
-        for attended in rows_attended(self.plan, self.device.packed, *self.layout):
+        for attended in rows_attended(self.plan, self.device.packed, *self.layout[:2]):
             assert attended == expected
         tree, rows = self.tree.snapshot()
         assert tree.unique_tokens == self.tree.tokens == len(self.model.held())
@@ -127,7 +127,7 @@ def append_a_token_a_step(tree: ft.KVTree, requests: int, steps: int) -> tuple[G
         device.follow(fits)
         if not fits:
             planned.append(step)
-    for attended in rows_attended(plan, device.packed, 4, 8, 128):
+    for attended in rows_attended(plan, device.packed, 4, 8):
         for slot, found in attended.items():
             own = tree.unique_tokens + steps * slot + np.arange(steps if slot < requests else 0)
             assert found == [*tree.request_rows(slot).tolist(), *own.tolist()]
@@ -190,7 +190,7 @@ def test_a_fork_joins_what_was_dealt_out() -> None:
     parents = np.array([5], np.int32)
     (slot,) = slots = growing_tree.fork(parents)
     device.follow(plan.fork(parents, slots))
-    for attended in rows_attended(plan, device.packed, 4, 8, 128):
+    for attended in rows_attended(plan, device.packed, 4, 8):
         assert attended[slot] == attended[5] == tree.request_rows(5).tolist()
     begins, lengths = device.packed[plan.sizes.segments_at : plan.used].reshape(-1, 4).T[:2]
     assert (begins[lengths > 0] == tree.kv_ptrs[tree.request_node[5]]).sum() == 2
@@ -221,7 +221,7 @@ def test_what_workers_have_to_do_follows_the_changes() -> None:
 def test_a_capacity_too_large_for_int32_is_refused() -> None:
     tree = ft.KVTree.from_levels([1], [5])
     with pytest.raises(ValueError, match=r"capacity is Capacity.*expected at most 2147483647"):
-        growing.sizes(ft.Capacity(10**5, 10**6), 16, 8, 128, 132, 1)
+        growing.sizes(ft.Capacity(10**5, 10**6), 16, 8, 132, 1)
     with pytest.raises(ValueError, match="capacity is Capacity"):
         GrowingPlan(
             GrowingTree(tree, np.arange(5, dtype=np.int32), ft.Capacity(10**5, 10**6)), 4, 1, 64, 132, H200_WORKERS

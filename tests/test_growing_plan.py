@@ -145,10 +145,10 @@ class Decoder:
         """What lies on the GPU means the tree."""
         schedule = self.plan.schedule
         if isinstance(schedule, GrowingSchedule):
-            heads, kv_heads, head_dim = self.heads
+            heads, kv_heads, _ = self.heads
             expected = {slot: sorted(rows) for slot, rows in self.model.paths.items()}
             packed = self.plan.memory.lists[0].owner.get()
-            for attended in rows_attended(schedule.plan, packed, heads // kv_heads, kv_heads, head_dim):
+            for attended in rows_attended(schedule.plan, packed, heads // kv_heads, kv_heads):
                 assert attended == expected
 
     def check_against_the_reference(self) -> None:

@@ -11,6 +11,7 @@ import pytest
 from fasttree_cupy.execution import cuda, kernels
 from fasttree_cupy.execution.edits import EDIT_PLAN_PARAMS
 from fasttree_cupy.execution.kernels import HEAD_DIMS, KernelConfig, all_configs, choose_tile, tiles
+from fasttree_cupy.metadata import Phase
 from fasttree_cupy.planning import balanced
 from fasttree_cupy.planning.subtree import ITEM_FIELDS, most_warps
 
@@ -22,6 +23,8 @@ SMALLEST_SHARED_MEMORY = 99 * 1024
 def test_parameter_structs_have_the_size_that_the_sources_assert() -> None:
     header = (kernels.cuda_src() / "include" / "stage1_params.cuh").read_text()
     assert f"static_assert(sizeof(Stage1Params) == {cuda.STAGE1_PARAMS.itemsize}" in header
+    vnode = (kernels.cuda_src() / "include" / "stage1_vnode.cuh").read_text()
+    assert f"static_assert(sizeof(Stage1Sm90Params) == {cuda.STAGE1_SM90_PARAMS.itemsize}" in vnode
     plan = (kernels.cuda_src() / "include" / "plan.cuh").read_text()
     assert f"static_assert(sizeof(TreeDecodeParams) == {cuda.TREE_DECODE_PARAMS.itemsize}" in plan
     assert f"static_assert(sizeof(Item) == {4 * len(ITEM_FIELDS)}" in plan
@@ -89,11 +92,58 @@ def test_the_worker_kernel_fits_a_multiprocessor() -> None:
     assert {(config.kv_dtype is not None, config.threads) for config in configs} == {(False, 384), (True, 512)}
 
 
+def test_host_and_stage_1_for_hopper_agree() -> None:
+    configs = [config for config in all_configs(90) if config.name == "stage1_sm90"]
+    assert len(configs) == 2 * 2 * 2  # dtypes, head dims, soft cap or none
+    assert max(3 * (config.shared_bytes + 1024) for config in configs) <= HOPPER_SHARED_MEMORY + 1024
+    assert {config.threads for config in configs} == {32 * cuda.STAGE1_SM90_WARPS}
+    header = (kernels.cuda_src() / "include" / "stage1_vnode.cuh").read_text()
+    assert f"constexpr int kWarps = {cuda.STAGE1_SM90_WARPS};" in header
+    assert f"constexpr int kStages = {kernels.STAGE1_SM90_STAGES};" in header
+    rows = (kernels.cuda_src() / "include" / "warpgroup_rows.cuh").read_text()
+    assert f"constexpr int kGroupRows = {kernels.STAGE1_SM90_ROWS};" in rows
+    chunks = (kernels.cuda_src() / "include" / "chunk_products.cuh").read_text()
+    assert f"constexpr int kChunkRows = {cuda.STAGE1_SM90_WARP_ROWS};" in chunks
+
+
+def test_host_and_stage_2_agree_on_heads() -> None:
+    text = kernels.source_text("stage2")
+    assert f"constexpr int kHeads = kLaneDims <= 4 ? {cuda.STAGE2_HEADS} : {cuda.STAGE2_HEADS // 2};" in text
+    assert f"constexpr int kWarps = {cuda.STAGE2_ROWS};" in text
+
+
+@pytest.mark.parametrize(
+    ("merges", "heads", "head_dim", "expected"),
+    [(1024, 16, 128, 4), (1024, 16, 256, 2), (2048, 6, 128, 1), (2048, 6, 256, 2), (10, 16, 128, 1), (0, 8, 64, 1)],
+)
+def test_heads_that_a_warp_of_stage_2_merges(merges: int, heads: int, head_dim: int, expected: int) -> None:
+    assert cuda.stage2_heads(merges, heads, head_dim, 132) == expected
+
+
+@pytest.mark.parametrize(
+    ("phase", "group", "kv_heads", "expected"),
+    [
+        (Phase(7, 256, 4, 500), 16, 1, (7, 256, 1, 1, 256)),  # rows that fill a block
+        (Phase(0, 10, 65, 16), 2, 3, (0, 10, 3, 1, 90)),  # ... or three
+        (Phase(0, 192, 1, 128), 16, 1, (0, 192, 1, 1, 192)),  # few and long
+        (Phase(0, 192, 1, 64), 16, 1, (0, 192, 0, 1, 48)),  # few and short
+        (Phase(0, 1001, 1, 128), 16, 1, (0, 1001, 0, 1, 251)),  # many
+        (Phase(0, 1024, 16, 32), 1, 32, (0, 1024, 0, 8, 1024)),  # so many that a warp takes several heads
+        (Phase(0, 10000, 4, 32), 4, 6, (0, 10000, 0, 2, 7500)),
+        (Phase(0, 10**6, 1, 2**31 - 1), 1, 8, (0, 10**6, 0, 1, 2 * 10**6)),
+    ],
+)
+def test_blocks_of_stage_1_for_hopper(
+    phase: Phase, group: int, kv_heads: int, expected: tuple[int, int, int, int, int]
+) -> None:
+    assert cuda.stage1_grid(phase, group, kv_heads, 132) == expected
+
+
 def test_gpus_get_the_kernels_that_they_can_run() -> None:
     ampere = {"stage1_plain", "stage1_mma", "stage2", "merge_states", "tree_decode"}
     assert {config.name for config in all_configs(75)} == {"stage1_plain", "stage2", "merge_states"}
     assert {config.name for config in all_configs(80)} == ampere
-    assert {config.name for config in all_configs(90)} == ampere | {"tree_decode_sm90", "edit_plan"}
+    assert {config.name for config in all_configs(90)} == ampere | {"stage1_sm90", "tree_decode_sm90", "edit_plan"}
     assert {config.name for config in all_configs(100)} == ampere
 
 

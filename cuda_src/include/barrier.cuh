@@ -62,6 +62,9 @@ __device__ __forceinline__ int add_acquire_release(int* counter, int value) {
     return before;
 }
 
+// Of two threads that each write, then fence, then read what the other wrote, one at least reads it.
+__device__ __forceinline__ void fence_sequential() { asm volatile("fence.sc.gpu;" ::: "memory"); }
+
 // Reads, and writes, that other threads' writes and reads are ordered by.
 __device__ __forceinline__ int load_acquire(const int* address) {
     int value;
@@ -75,4 +78,13 @@ __device__ __forceinline__ int load_relaxed(const int* address) {
 }
 __device__ __forceinline__ void store_release(int* address, int value) {
     asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
+// Programmatic dependent launch: lets the next kernel in the stream begin when all blocks have come here, and waits for the
+// end of the kernel before it, whose writes are then there. Nothing where the launch does not ask for it.
+__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_launcher() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }

@@ -18,15 +18,19 @@ struct ChunkPlace {
           by_columns((lane / 16 * 8 + lane % 8) * kPanelRowBytes + ((lane / 8 % 2) ^ (lane % 8)) * 16) {}
 };
 
+// A warp's 16 rows of queries, as fragments of its products.
+using Queries = u32[kHeadDim / 16][4];
+
 // s = queries keys^T. Fragments as those of a warpgroup's product: s[4 j], s[4 j + 1] of row lane / 4, columns 8 j + ...
-// queries, keys: addresses of the warp's rows and of the chunk in their first panel, by_rows and by_columns added.
-__device__ __forceinline__ void chunk_scores(float (&s)[8], u32 queries, int query_panel_bytes, u32 keys,
+// load_queries(q, d): fragment d. keys: address of the chunk in its first panel, by_columns added.
+template <typename LoadQueries>
+__device__ __forceinline__ void chunk_scores(float (&s)[8], const LoadQueries& load_queries, u32 keys,
                                              int key_panel_bytes) {
     float sums[2][2][4] = {};  // of even and odd steps: half as long a chain of dependent products
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
         u32 q[4], k[4];
-        load_matrices(q, (queries ^ d % 4 * 32) + d / 4 * query_panel_bytes);
+        load_queries(q, d);
         load_matrices(k, (keys ^ d % 4 * 32) + d / 4 * key_panel_bytes);
         Mma<Element>::add(sums[d % 2][0], q, k[0], k[1]);
         Mma<Element>::add(sums[d % 2][1], q, k[2], k[3]);

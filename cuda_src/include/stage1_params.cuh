@@ -25,7 +25,7 @@ struct Stage1Params {
     const float* k_scales;           // [kv_heads]: factors of float8 K; null: sm_scale has it
     const float* v_scales;           // [kv_heads]: factors of float8 V, or null
     float v_scale;                   // factor of float8 V where v_scales is null
-    int padding;
+    int kv_heads;
 };
 static_assert(sizeof(Stage1Params) == 176, "as STAGE1_PARAMS in cuda.py");
 
@@ -42,7 +42,7 @@ struct VnodeView {
           kv_off(params.vnode_to_kv_offs[vnode]), kv_len(params.vnode_to_kv_lens[vnode]) {}
 
     __device__ __forceinline__ int qo_head(int row) const { return kv_head * p.group + row % p.group; }
-    __device__ __forceinline__ int qo_heads() const { return int(gridDim.y) * p.group; }
+    __device__ __forceinline__ int qo_heads() const { return p.kv_heads * p.group; }
     __device__ __forceinline__ const u16* query(int row) const {
         const i64 request = p.vnode_to_q_entries[q_off + row / p.group];
         return p.q + request * p.q_stride_request + qo_head(row) * p.q_stride_head;

@@ -10,6 +10,10 @@ constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
+struct alignas(8) Float2 {
+    float x, y;
+};
+
 __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }
 __device__ constexpr int max_of(int a, int b) { return a > b ? a : b; }

@@ -160,7 +160,3 @@ struct WarpRows {
         }
     }
 };
-
-struct alignas(8) Float2 {
-    float x, y;
-};

@@ -161,8 +161,11 @@ struct WarpgroupRows {
         const u32 warp_rows = threadIdx.x % 128 / 32 * kChunkRows * kPanelRowBytes;
         const u32 tokens = chunk * kChunkTokens * kPanelRowBytes;
         float s[8];
-        chunk_scores(s, queries + warp_rows + place.by_rows, query_panel_bytes, keys + tokens + place.by_columns,
-                     kPanelBytes);
+        const u32 own_queries = queries + warp_rows + place.by_rows;
+        const auto load_queries = [&](u32 (&q)[4], int d) {
+            load_matrices(q, (own_queries ^ d % 4 * 32) + d / 4 * query_panel_bytes);
+        };
+        chunk_scores(s, load_queries, keys + tokens + place.by_columns, kPanelBytes);
         if (kSoftCap) {
 #pragma unroll
             for (int i = 0; i < 8; ++i) s[i] = to_score.pass(s[i]);

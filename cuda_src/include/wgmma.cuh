@@ -38,6 +38,10 @@ __device__ __forceinline__ u32 load_shared(u32 address) {
     return value;
 }
 
+// A value that is the same in all lanes, which the compiler then knows: what follows from it is computed once for the
+// warp, where the descriptors of products are wanted.
+__device__ __forceinline__ int uniform(int value) { return __reduce_or_sync(0xffffffffu, value); }
+
 // Matrix descriptors with the 128-byte swizzle, for tiles at `shared_address`. `panel_stride` separates panels where
 // the product's N axis runs along them; it is ignored where K does.
 struct MatrixDescriptor {
@@ -87,7 +91,8 @@ __device__ __forceinline__ void products_wait(float (&d)[64]) {
 template <typename Element>
 struct Wgmma;
 
-// multiply: d = A B^T (+ d), A and B with K along their panels. multiply_values: d += A B, B with N along its panels.
+// multiply: d = A B^T (+ d), A and B with K along their panels; multiply_held: the same, A in registers. multiply_values:
+// d += A B, A in registers, B with N along its panels.
 #define FT_WGMMA(ELEMENT, TYPE) \
     template <> \
     struct Wgmma<ELEMENT> { \
@@ -104,6 +109,13 @@ struct Wgmma;
                          ", %64, %65, p, 1, 1, 0, 0;\n}" \
                          : FT_IO64(d) \
                          : "l"(a), "l"(b), "r"(accumulate)); \
+        } \
+        static __device__ __forceinline__ void multiply_held(float (&d)[32], const u32 (&a)[4], u64 b, int accumulate) { \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n" \
+                         "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " " FT_D32 \
+                         ", {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}" \
+                         : FT_IO32(d, 0) \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate)); \
         } \
         static __device__ __forceinline__ void multiply_values(float (&d)[32], const u32* a, u64 b) { \
             asm volatile("{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n" \

@@ -1,5 +1,6 @@
 // The schedule of tree_decode_sm90.cu: each worker's list of items, and the runs of tokens that these attend to.
 #pragma once
+#include "bulk_copy.cuh"
 #include "plan.cuh"
 
 // Rows of one KV head of consecutive requests (in plan order), against a stretch of the tokens on their paths.
@@ -20,11 +21,6 @@ struct alignas(16) WorkItem {
     Segment first;       // without what earlier pieces attend to
 };
 static_assert(sizeof(WorkItem) == 64, "as ITEM_FIELDS in balanced.py");
-
-// Where a bulk copy finds K or V: made by cuTensorMapEncodeTiled in fasttree_cupy/execution/tensor_map.py.
-struct alignas(64) TensorMap {
-    unsigned long long opaque[16];
-};
 
 // Mirrored field by field in fasttree_cupy/execution/cuda.py. Strides count elements; the last axis is contiguous.
 struct WorkParams {

@@ -120,10 +120,6 @@ struct Ring {
     }
 };
 
-// A value that is the same in all lanes, which the compiler then knows: what follows from it is computed once for the
-// warp, where the descriptors of products are wanted.
-__device__ __forceinline__ int uniform(int value) { return __reduce_or_sync(0xffffffffu, value); }
-
 __device__ __forceinline__ void prefetch(const void* address) {
     asm volatile("prefetch.global.L1 [%0];" ::"l"(address));
 }

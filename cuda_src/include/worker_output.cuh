@@ -5,6 +5,9 @@
 constexpr int kSliceOutputs = 8;  // of a thread's accumulators, when workers merge together
 constexpr int kSlices = kOutputs / kSliceOutputs;
 constexpr int kPiecesAtATime = 8;  // whose parts of a slice are fetched together
+constexpr u32 kAllSlices = (1u << kSlices) - 1;
+// In a piece's word, see merge_together: the launch's number, and whether the piece's worker has given up merging.
+constexpr int kGivenUp = 1 << 30, kLaunch = kGivenUp - 1;
 static_assert(kSliceOutputs % 4 == 0 && kOutputs % kSliceOutputs == 0, "slices are whole chunks of 8 columns");
 
 // The rows of a warpgroup, and where they go.
@@ -80,54 +83,53 @@ struct Output {
         return s.merge[group];
     }
 
-    // Where all workers end with the same rows, the last ones merge a slice of the columns each. They wait for the last
-    // piece, but not for ever: it need not be on the chip yet. Its worker takes what is left, so that nobody depends on a
-    // worker that waits.
+    // Where all workers end with the same rows, each merges some slices of the columns: piece i those of numbers i,
+    // i + pieces, .. A word for each piece holds the number of the last launch in which it was done. A worker looks at all
+    // words until they are this launch's, but not for ever: a piece's worker need not be on the chip yet. Who gives up says
+    // so in its word and looks once more; who sees all pieces done merges what was given up, too. Of a worker that gives up
+    // and the one that ends last, one at least sees the other's word; both may, and write the same bits.
     __device__ __forceinline__ void merge_together(const WorkItem& item) {
-        int* done = p.counters + item.counter * kRowGroups + row_group * (2 + kSlices);
-        int* generation = done + 1;  // the number of launches so far
-        int* taken = done + 2;       // for each slice, the launch that was the last to merge it
-        int launch = 0, own = kSlices;  // of the leading thread: this launch, and its next slice
-        bool last = false;
-        if (leads()) {
-            launch = load_acquire(generation) + 1;
-            const int place = item.pieces - 1 - add_acquire_release(done, 1);
-            last = place == 0;
-            bool ready = last;
-            if (last) {
-                *done = 0;
-                store_release(generation, launch);
-            } else if (place < kSlices) {
-                for (int poll = 0; poll < p.polls && !ready; ++poll) ready = load_acquire(generation) == launch;
+        if (threadIdx.x % kGroupThreads < kWarpSize) {
+            int* words = p.counters + item.counter * kRowGroups + row_group * item.pieces;
+            const int launch = (load_relaxed(words + item.piece) & kLaunch) + 1 & kLaunch;
+            const bool merges = item.piece < kSlices;
+            u32 slices = 0;
+#pragma unroll 1
+            for (int gives_up = 0; gives_up <= merges && slices == 0; ++gives_up) {
+                const int word = gives_up ? launch | kGivenUp : launch;
+                slices = finish_piece(words, item, launch, word, merges && !gives_up ? p.polls : 0);
             }
-            if (ready) own = place;
+            if (leads()) s.merge[group] = int(slices);
         }
-        for (;;) {
-            if (leads()) s.merge[group] = next_slice(item, taken, launch, own, last);
-            named_sync(kOwnGroup + group, kGroupThreads);
-            const int slice = s.merge[group];
-            if (slice < 0) return;
-            merge_slice(item, slice);
-            named_sync(kOwnGroup + group, kGroupThreads);
-        }
+        named_sync(kOwnGroup + group, kGroupThreads);
+#pragma unroll 1
+        for (u32 left = u32(s.merge[group]) & kAllSlices; left != 0; left &= left - 1) merge_slice(item, __ffs(left) - 1);
     }
-    // Takes the next slice for this warpgroup: one in so many as there are pieces, from `own` on; then, at the last piece,
-    // whatever nobody has taken. -1: none. By the leading thread.
-    __device__ __forceinline__ static int next_slice(const WorkItem& item, int* taken, int launch, int& own, bool last) {
-        while (own < kSlices) {
-            const int slice = own;
-            own += item.pieces;
-            if (atomicExch(taken + slice, launch) != launch) return slice;
+    // Says in this piece's word what is given, and looks at all words, again up to `polls` times: 0 where not all pieces
+    // are done in this launch, else a bit for each slice that falls to this warpgroup, and one beyond. By the first warp.
+    __device__ __forceinline__ static u32 finish_piece(int* words, const WorkItem& item, int launch, int own, int polls) {
+        const int lane = threadIdx.x % kWarpSize;
+        if (lane == 0) store_release(words + item.piece, own);
+        fence_sequential();  // this word comes before the look at the others
+#pragma unroll 1
+        for (int poll = 0; poll <= polls; ++poll) {
+            bool done = true;
+            u32 slices = kAllSlices + 1;
+#pragma unroll 1
+            for (int piece = lane; piece < item.pieces; piece += kWarpSize) {
+                const int word = load_acquire(words + piece);
+                done = done && (word & kLaunch) == launch;
+                if (piece == item.piece || word != launch) slices |= slices_of(piece, item.pieces);
+            }
+            if (__all_sync(0xffffffffu, done)) return __reduce_or_sync(0xffffffffu, slices);
         }
-        if (!last) return -1;
-        u32 left = 0;
-#pragma unroll
-        for (int slice = 0; slice < kSlices; ++slice) left |= u32(load_relaxed(taken + slice) != launch) << slice;
-        for (; left != 0; left &= left - 1) {
-            const int slice = __ffs(left) - 1;
-            if (atomicExch(taken + slice, launch) != launch) return slice;
-        }
-        return -1;
+        return 0;
+    }
+    __device__ __forceinline__ static u32 slices_of(int piece, int pieces) {
+        u32 slices = 0;
+#pragma unroll 1
+        for (int slice = piece; slice < kSlices; slice += pieces) slices |= 1u << slice;
+        return slices;
     }
 
     // Merges a slice: several pieces are fetched at a time, and added in their order.

@@ -12,6 +12,7 @@ from typing import Any
 
 __all__ = [
     "HEAD_DIMS",
+    "STAGE1_SM90_ROWS",
     "KernelConfig",
     "MmaTile",
     "choose_tile",
@@ -41,6 +42,8 @@ TREE_DECODE_STAGES = 2
 
 WORKER_COMPUTE_CAPABILITY = 90
 """Compute capability times ten of the GPUs that have ``tree_decode_sm90``'s warpgroup products: these and no others."""
+STAGE1_SM90_STAGES, STAGE1_SM90_ROWS = 2, 64
+"""Places for tiles in a block of ``stage1_sm90``, and the tokens of a tile, which are as many as its rows."""
 WORKER_STAGES = {(64, 1): (8, 8), (128, 1): (6, 4), (64, 2): (6, 6), (128, 2): (3, 3)}
 """Head dim, row groups -> tiles in the rings of keys and values of ``tree_decode_sm90``: what the shared memory of a
 multiprocessor holds."""
@@ -103,8 +106,9 @@ class KernelConfig:
     Attributes
     ----------
     name : str
-        ``"stage1_mma"``, ``"stage1_plain"``, ``"stage2"``, ``"tree_decode"``, ``"tree_decode_sm90"``,
-        ``"merge_states"`` or ``"edit_plan"``: the file under ``cuda_src/`` and the function in it.
+        ``"stage1_plain"``, ``"stage1_mma"``, ``"stage1_sm90"``, ``"stage2"``, ``"tree_decode"``,
+        ``"tree_decode_sm90"``, ``"merge_states"`` or ``"edit_plan"``: the file under ``cuda_src/`` and the function in
+        it.
     dtype : str
         Element type of Q, O and, without `kv_dtype`, K and V: ``"float16"`` or ``"bfloat16"``.
     head_dim : int
@@ -134,6 +138,11 @@ class KernelConfig:
     kv_dtype: str | None = None
 
     @property
+    def architecture(self) -> str | None:
+        """What it has to be compiled for, where warpgroup products make this a matter of course."""
+        return "sm_90a" if self.name in ("stage1_sm90", "tree_decode_sm90") else None
+
+    @property
     def threads(self) -> int:
         """Threads a block; the same sum stands in ``stage1_mma.cu``."""
         if self.block_warps:
@@ -149,6 +158,8 @@ class KernelConfig:
             return self.block_warps * self.stages * 2 * 16 * self.head_dim * 2
         if self.name == "tree_decode_sm90":
             return worker_shared_bytes(self.head_dim, self.row_groups, self.kv_dtype is not None)
+        if self.name == "stage1_sm90":
+            return STAGE1_SM90_STAGES * 2 * STAGE1_SM90_ROWS * self.head_dim * 2 + 1024
         if self.tile is None:
             return 0
         return self.tile.stages * 2 * self.tile.kv_tile * self.head_dim * 2
@@ -171,6 +182,8 @@ class KernelConfig:
             }
         if self.name == "tree_decode":
             options |= {"FT_BLOCK_WARPS": self.block_warps, "FT_STAGES": self.stages}
+        if self.name == "stage1_sm90":
+            options["FT_TILE_TOKENS"] = STAGE1_SM90_ROWS
         if self.name == "tree_decode_sm90":
             keys, values, raw = worker_stages(self.head_dim, self.row_groups, self.kv_dtype is not None)
             if raw:
@@ -295,6 +308,8 @@ def all_configs(compute_capability: int) -> list[KernelConfig]:
                     configs += [KernelConfig("stage1_mma", dtype, head_dim, t, soft_cap=cap) for t in tiles(head_dim)]
                 configs += [tree_decode_config(dtype, head_dim, warps, cap, kv) for warps in block_warps(head_dim)]
             if worker_problem(compute_capability, 1, head_dim) is None:
+                if kv is None:
+                    configs.append(KernelConfig("stage1_sm90", dtype, head_dim, soft_cap=cap))
                 configs += [worker_config(dtype, head_dim, row_groups, cap, kv) for row_groups in WORKER_ROW_GROUPS]
     if compute_capability == WORKER_COMPUTE_CAPABILITY:
         configs.append(edit_config())
@@ -330,14 +345,14 @@ def source_text(name: str) -> str:
 def compile_options(config: KernelConfig) -> tuple[str, ...]:
     """NVRTC options for a configuration.
 
-    The architecture is left to the caller, but for ``tree_decode_sm90``: what the caller, CuPy for one, gives before or
-    after yields to sm_90a, which alone has warpgroup products.
+    The architecture is left to the caller, but for kernels with warpgroup products: what the caller, CuPy for one,
+    gives before or after yields to sm_90a, which alone has them.
     """
     defines = [f"-D{key}={value}" for key, value in config.defines().items()]
     if os.environ.get(RACECHECK_VARIABLE):
         defines.append("-DFT_EVERY_LANE_ARRIVES=1")
-    architecture = ("-arch=sm_90a",) if config.name == "tree_decode_sm90" else ()
-    return ("-std=c++17", f"-I{cuda_src() / 'include'}", *defines, *architecture)
+    architecture = config.architecture
+    return ("-std=c++17", f"-I{cuda_src() / 'include'}", *defines, *([f"-arch={architecture}"] if architecture else []))
 
 
 def load_kernel(config: KernelConfig) -> Any:

@@ -14,7 +14,7 @@ from fasttree_cupy.execution.kernels import MMA_COMPUTE_CAPABILITY, WORKER_GROUP
 from fasttree_cupy.execution.operands import Operands
 from fasttree_cupy.execution.plan_memory import MemoryNeeds, PlanMemory
 from fasttree_cupy.execution.streams import WorkStream
-from fasttree_cupy.metadata import MetadataTuple, PhaseNodeNums
+from fasttree_cupy.metadata import MetadataTuple, Phase, PhaseNodeNums
 
 if TYPE_CHECKING:
     from fasttree_cupy.planning.balanced import BalancedPlan
@@ -142,7 +142,7 @@ class HeuristicSchedule:
         requests: npt.NDArray[np.int32] | None = None,
     ) -> None:
         self.q_tile_sizes = made.q_tile_sizes
-        self.nums = PhaseNodeNums(made.phase_node_nums, num_tokens)
+        self.nums = PhaseNodeNums(made.phase_node_nums, num_tokens, made.longest_vnodes)
         self.offsets = made.phase_node_offsets
         mid_shape = (len(made.vnode_to_q_entries), num_qo_heads, head_dim)
         # Of growing plans: whose outputs are written, where these are not all.
@@ -166,4 +166,5 @@ class HeuristicSchedule:
         choice = "auto" if operands.kv_dtype is None else "plain"
         kernel = cuda.check_kernel(choice, {"q": operands.q, "k": operands.k, "v": operands.v})
         whose = None if self.num_requests is None else (memory.pointers[9], self.num_requests)
-        cuda.decode(operands, views, self.nums, self.offsets, self.q_tile_sizes, kernel, stream, whose)
+        phases = map(Phase, self.offsets, self.nums, self.q_tile_sizes, self.nums.longest_vnodes)
+        cuda.decode(operands, views, list(phases), kernel, stream, whose)

@@ -27,7 +27,6 @@ __all__ = [
     "GROUP_ROWS",
     "ITEM_FIELDS",
     "MOST_ROW_GROUPS",
-    "SLICE_COLUMNS",
     "STEP_TOKENS",
     "BalancedPlan",
     "bytes_moved",
@@ -52,8 +51,6 @@ ITEM_FIELDS = (
 """Columns of `BalancedPlan.items`: struct WorkItem of cuda_src/include/work.cuh."""
 
 _INT32_MAX = 2**31 - 1
-SLICE_COLUMNS = 16
-"""Columns that one of them merges at a time: kSliceOutputs in worker_output.cuh, in both rows of a thread."""
 
 
 class BalancedPlan(NamedTuple):
@@ -169,7 +166,7 @@ def plan_layout(
     requests, step_tokens = row_groups * GROUP_ROWS // group, STEP_TOKENS[row_groups]
     bounds, segments, starts = tile_segments(layout, batch, group, requests, row_groups, step_tokens)
     items, partials, merges, counters = _items(
-        pieces, bounds, segments, starts, tokens, request_order, requests, step_tokens, head_dim
+        pieces, bounds, segments, starts, tokens, request_order, requests, step_tokens
     )
     workers = int(pieces[-1, 3]) + 1
     return BalancedPlan(items, segments, request_order, row_groups, workers, partials, merges, counters, estimate)
@@ -229,7 +226,6 @@ def _items(
     request_order: Int32Array,
     requests: int,
     step_tokens: int,
-    head_dim: int,
 ) -> tuple[Int32Array, int, int, int]:
     """Items in the order that workers need, and the numbers of partial outputs, merges and counters."""
     num_tiles = len(tokens)
@@ -282,6 +278,6 @@ def _items(
         if count > 1:
             partials += count
             merges += 1
-            counters += 2 + head_dim // SLICE_COLUMNS if together else 1
+            counters += count if together else 1  # a word for each piece, or their number
         i += count
     return items, partials, merges, counters

@@ -59,6 +59,15 @@ class GreedyPlan(NamedTuple):
     kv_split_sizes: list[int]
     parallelism: list[list[int]]
 
+    @property
+    def longest_vnodes(self) -> tuple[int, int]:
+        """Most tokens of a vnode of each phase; 0 where there is none."""
+        first, second = (
+            self.vnode_to_kv_lens[offset : offset + count]
+            for offset, count in zip(self.phase_node_offsets, self.phase_node_nums, strict=True)
+        )
+        return int(first.max(initial=0)), int(second.max(initial=0))
+
 
 def plan(
     tree: KVTree,

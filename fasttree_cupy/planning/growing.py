@@ -29,11 +29,9 @@ from fasttree_cupy.planning import growing_passes as passes
 from fasttree_cupy.planning.balanced import (
     GROUP_ROWS,
     ITEM_FIELDS,
-    SLICE_COLUMNS,
     STEP_TOKENS,
     plan_layout,
 )
-from fasttree_cupy.planning.dealing import MERGE_TOGETHER
 from fasttree_cupy.planning.growing_tree import GrowingTree
 from fasttree_cupy.planning.machine import WorkerMachine
 
@@ -55,9 +53,8 @@ class Sizes(NamedTuple):
 
     With R requests, R_t to a tile, T tokens, W workers and H KV heads there are at most C = ceil(R / R_t) planned
     tiles. Each is H units of work, which W - 1 borders between workers cut into at most C H + W pieces; of the units
-    that are cut, the pieces are 2 W at most. Fewer than W units are cut, and need one counter each; or W / 5 at most
-    with 2 + head_dim / 16, since workers merge five pieces or more together. A tile's segments have a token or more
-    each.
+    that are cut, the pieces are 2 W at most. Fewer than W units are cut, and need one counter each; or one for each
+    piece where workers merge together, which have a piece each. A tile's segments have a token or more each.
 
     Attributes
     ----------
@@ -84,9 +81,7 @@ class Sizes(NamedTuple):
     counters: int
 
 
-def sizes(
-    capacity: Capacity, tile_requests: int, num_kv_heads: int, head_dim: int, workers: int, row_groups: int
-) -> Sizes:
+def sizes(capacity: Capacity, tile_requests: int, num_kv_heads: int, workers: int, row_groups: int) -> Sizes:
     """Sizes for a capacity.
 
     Raises
@@ -97,7 +92,7 @@ def sizes(
     planned = -(-capacity.requests // tile_requests)
     segments = capacity.tokens * planned + passes.SLACK * (capacity.requests + passes.FORKS)
     items = (planned + passes.FORKS) * num_kv_heads + 2 * workers
-    counters = row_groups * (workers + workers // MERGE_TOGETHER * (2 + head_dim // SLICE_COLUMNS))
+    counters = row_groups * workers
     lengths = (items * len(ITEM_FIELDS), capacity.requests + passes.FORKS, segments * 4)
     ends = np.cumsum([-(-length // ALIGNMENT) * ALIGNMENT for length in lengths]).tolist()
     if ends[-1] > _INT32_MAX:
@@ -149,7 +144,7 @@ class GrowingPlan:
         self.made = self._planned(*tree.layout())
         self.row_groups = self.made.row_groups
         requests = self.row_groups * GROUP_ROWS // group
-        self.sizes = sizes(tree.capacity, requests, num_kv_heads, head_dim, workers, self.row_groups)
+        self.sizes = sizes(tree.capacity, requests, num_kv_heads, workers, self.row_groups)
         rates = machine.one_group if self.row_groups == 1 else machine.two_groups
         step_us = rates.step * head_dim / 128
         self._state = passes.make_state(
