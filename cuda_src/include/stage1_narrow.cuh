@@ -119,7 +119,7 @@ struct NarrowWarp {
         if (tokens < kChunkTokens) hide_from(scores, tokens, lane);
         float factor[2];
         rows.exponentials(scores, factor, to_score);
-        if (__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) rows.scale_outputs(factor);
+        rows.rescale_outputs(factor);
         const u32 weights[4] = {Element::pack(scores[0], scores[1]), Element::pack(scores[2], scores[3]),
                                 Element::pack(scores[4], scores[5]), Element::pack(scores[6], scores[7])};
         add_chunk_values(rows.o, weights, values);

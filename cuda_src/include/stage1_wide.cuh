@@ -107,8 +107,7 @@ struct WideBlock {
         if (tokens < kTileTokens) hide_from(scores, tokens, lane);
         float factor[2];
         rows.exponentials(scores, factor, to_score);
-        // The maximum rarely moves by more than the slack: then there is nothing to rescale.
-        if (__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) rows.scale_outputs(factor);
+        rows.rescale_outputs(factor);
 #pragma unroll
         for (int j = 0; j < kTileTokens / 4; ++j) rows.weights[j] = Element::pack(scores[2 * j], scores[2 * j + 1]);
     }

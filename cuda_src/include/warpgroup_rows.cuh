@@ -66,8 +66,7 @@ struct WarpgroupRows {
 
     // Scores into the weights of the tile whose values are added next. visible: address of two bytes a token, the first
     // row that sees it and, in the upper byte, how many do. after_values(): called when the values of the tile before
-    // have been added. The output is always rescaled, though rarely by anything but 1: around a branch the compiler
-    // would serialise the products.
+    // have been added.
     template <typename AfterValues>
     __device__ __forceinline__ void weigh(Scores& s, const View& view, u32 visible, const ScoreScale& to_score,
                                           const AfterValues& after_values) {
@@ -84,7 +83,7 @@ struct WarpgroupRows {
         after_values();
 #pragma unroll
         for (int i = 0; i < kTileTokens / 4; ++i) weights[i] = view.any ? ValueElement::pack(s[2 * i], s[2 * i + 1]) : 0;
-        scale_outputs(factor);
+        rescale_outputs(factor);
     }
 
     // Turns kScores scores of a thread into weights, in place. `factor` is what outputs must take.
@@ -175,8 +174,7 @@ struct WarpgroupRows {
         hide_in_chunk(s, visible + (chunk * kChunkTokens + lane % 4 * 2) * 2);
         float factor[2];
         exponentials(s, factor, to_score);
-        // The maximum rarely moves by more than the slack: then there is nothing to rescale.
-        if (__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) scale_outputs(factor);
+        rescale_outputs(factor);
         const u32 packed[4] = {ValueElement::pack(s[0], s[1]), ValueElement::pack(s[2], s[3]),
                                ValueElement::pack(s[4], s[5]), ValueElement::pack(s[6], s[7])};
         add_chunk_values(o, packed, v);
@@ -194,6 +192,10 @@ struct WarpgroupRows {
         }
     }
 
+    // The maximum rarely moves by more than the slack: then there is nothing to rescale.
+    __device__ __forceinline__ void rescale_outputs(const float (&factor)[2]) {
+        if (__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) scale_outputs(factor);
+    }
     __device__ __forceinline__ void scale_outputs(const float (&factor)[2]) {
 #pragma unroll
         for (int i = 0; i < kOutputs; ++i) o[i] *= factor[i / 2 % 2];
