@@ -223,7 +223,9 @@ def test_the_cap_is_felt(cap: float) -> None:
 
 
 @backends
-@pytest.mark.parametrize("tiles", [([4, 1], [32, 32]), ([64, 16], [32, 128]), ([7, 3], [40, 24])])
+@pytest.mark.parametrize(
+    "tiles", [([4, 1], [32, 32]), ([64, 16], [32, 128]), ([7, 3], [40, 24]), ([2**31 - 1, 10**9], [32, 32])]
+)
 def test_other_tiles_than_the_plans_drop_no_query(backend: str, tiles: tuple[list[int], list[int]]) -> None:
     case = replace(BASIC, tree=cases.levels_tree("tiles", [1, 4, 40], [150, 40, 9]), TSQs=(32, 8))
     check(case, backend, tiles=tiles)

@@ -239,18 +239,19 @@ def decode(
         Pointer to the requests of the lists of partial outputs, whose rows alone are written, and their number; by
         default all.
     """
-    phases = [phase for phase in phases if phase.vnodes > 0]
     mid = [view.pointer for view in metadata[9:11]]
     lists = [view.pointer for view in metadata[6:9]]
     pointer, merges = (0, operands.o.shape[0]) if requests is None else requests
-    together = kernel == "mma" and stage1_sm90_serves(operands.q)
+    most = max(1, operands.q.shape[0])  # a documented tile may be larger than any vnode
+    phases = [phase._replace(q_tile_size=min(phase.q_tile_size, most)) for phase in phases if phase.vnodes > 0]
+    together = kernel == "mma" and stage1_sm90_serves(operands.q) and len(phases) > 0
     with stream.launches():
-        if together and phases:
+        if together:
             launch_stage1_sm90(operands, metadata, phases)
         else:
             for phase in phases:
                 launch_stage1(operands, metadata, phase, kernel)
-        launch_stage2(operands, mid, lists, merges, pointer, stream.handle if together and phases else None)
+        launch_stage2(operands, mid, lists, merges, pointer, stream.handle if together else None)
 
 
 def stage1_sm90_serves(q: ArrayView) -> bool:
