@@ -55,6 +55,10 @@ struct Output {
         return p.mid_lse + partial * kGroupRows + rows.first_row % kGroupRows + half * 8;
     }
 
+    __device__ __forceinline__ float base2_lse(int half) const {
+        return rows.state[half].m + log2_approx(rows.state[half].l);
+    }
+
     __device__ __forceinline__ void write_partial(const WorkItem& item) {
         if (!has_rows(item)) return;
         const i64 to = partial(item, item.piece);
@@ -64,7 +68,7 @@ struct Output {
         if (threadIdx.x % 4 == 0) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                __stcg(partial_lse(to, half), rows.state[half].m + log2_approx(rows.state[half].l));
+                __stcg(partial_lse(to, half), base2_lse(half));
             }
         }
     }
@@ -199,21 +203,30 @@ struct Output {
         return fetched;
     }
 
-    // Adds the pieces up, in their order: the result does not depend on who does it. The next piece is fetched while one
-    // is added, half of it at a time for want of registers.
+    // Adds the pieces up, in their order: the result does not depend on who does it. Its own is still in its registers; of
+    // another, half is fetched at a time, for want of more.
     __device__ __forceinline__ void merge(const WorkItem& item) {
-        rows.reset();
-        if (!has_rows(item)) return;
+        if (!has_rows(item)) {
+            rows.reset();
+            return;
+        }
+        const float own_lse[2] = {base2_lse(0), base2_lse(1)};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             rows.state[0] = rows.state[1] = SoftmaxState{};
-            Partial ahead = fetch(item, 0, half);
+            float* own = rows.o + half * (kOutputs / 2);
+            float sum[kOutputs / 2] = {};
 #pragma unroll 1
             for (int piece = 0; piece < item.pieces; ++piece) {
-                const Partial current = ahead;
-                if (piece + 1 < item.pieces) ahead = fetch(item, piece + 1, half);
-                add_piece<kOutputs / 2>(rows.o + half * (kOutputs / 2), current.o, current.lse);
+                if (piece == item.piece) {
+                    add_piece<kOutputs / 2>(sum, own, own_lse);
+                } else {
+                    const Partial other = fetch(item, piece, half);
+                    add_piece<kOutputs / 2>(sum, other.o, other.lse);
+                }
             }
+#pragma unroll
+            for (int i = 0; i < kOutputs / 2; ++i) own[i] = sum[i];
         }
     }
 
