@@ -35,7 +35,7 @@ static_assert(sizeof(Stage1Sm90Params) == 512, "as STAGE1_SM90_PARAMS in cuda.py
 // K or V of a vnode's head.
 struct Source {
     const TensorMap& map;
-    const u16* head;  // row 0
+    const u16* head;  // [tokens, head_dim]
     int stride;       // elements from row to row
 };
 __device__ __forceinline__ Source keys_of(const Stage1Sm90Params& p, int kv_head) {

@@ -299,17 +299,8 @@ def stage1_values(operands: Operands, metadata: Sequence[ArrayView], first_vnode
     scales = kernel_scales(operands)
     pointers = (q.pointer, k.pointer, v.pointer, *(view.pointer for view in (*metadata[:6], *metadata[9:11])))
     strides = (*q.strides[:2], *k.strides[:2], *v.strides[:2])
-    group = q.shape[1] // k.shape[1]
-    numbers = (
-        first_vnode,
-        group,
-        scales.sm_scale,
-        logit_cap,
-        scales.k_scales,
-        scales.v_scales,
-        scales.v_scale,
-        k.shape[1],
-    )
+    factors = (scales.sm_scale, logit_cap, scales.k_scales, scales.v_scales, scales.v_scale)
+    numbers = (first_vnode, q.shape[1] // k.shape[1], *factors, k.shape[1])
     return (*pointers, *strides, *numbers)
 
 
