@@ -19,7 +19,7 @@ from fasttree_cupy.checks import (
 from fasttree_cupy.execution import arrays, cpu, cuda, streams
 from fasttree_cupy.execution.arrays import ArrayView
 from fasttree_cupy.execution.operands import Operands
-from fasttree_cupy.metadata import UNKNOWN, MetadataTuple, Phase, PhaseNodeNums
+from fasttree_cupy.metadata import UNKNOWN_LENGTHS, MetadataTuple, Phase, PhaseNodeNums
 from fasttree_cupy.params import checked_pair
 
 __all__ = ["fasttree_decode"]
@@ -194,7 +194,7 @@ def run(
 
 
 class Phases(NamedTuple):
-    """What decode needs of the pairs of integers: vnodes, first vnode and query tile size of each phase."""
+    """What decode needs of the pairs of integers: vnodes, first vnode, query tile size, longest vnode of each phase."""
 
     node_nums: list[int]
     node_offsets: list[int]
@@ -213,7 +213,7 @@ def check_phases(node_nums: Any, node_offsets: Any, q_tile_sizes: Any, kv_tile_s
         checked_pair(node_offsets, "phase_node_offsets", least=0),
         checked_pair(q_tile_sizes, "phase_q_tile_sizes"),
         None if known is None else known.num_tokens,
-        UNKNOWN if known is None else known.longest_vnodes,
+        UNKNOWN_LENGTHS if known is None else known.longest_vnodes,
     )
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-__all__ = ["MetadataTuple", "Phase", "PhaseNodeNums"]
+__all__ = ["UNKNOWN_LENGTHS", "MetadataTuple", "Phase", "PhaseNodeNums"]
 
-INT32_MAX = 2**31 - 1
-UNKNOWN = (INT32_MAX, INT32_MAX)
+_INT32_MAX = 2**31 - 1
+UNKNOWN_LENGTHS = (_INT32_MAX, _INT32_MAX)
+"""Of the longest vnodes of two phases."""
 
 
 class PhaseNodeNums(list[int]):
@@ -22,7 +23,7 @@ class PhaseNodeNums(list[int]):
         Most tokens of a vnode of each phase: which kernel is fastest depends on it, the result does not.
     """
 
-    def __init__(self, nums: Iterable[int], num_tokens: int, longest_vnodes: tuple[int, int] = UNKNOWN) -> None:
+    def __init__(self, nums: Iterable[int], num_tokens: int, longest_vnodes: tuple[int, int] = UNKNOWN_LENGTHS) -> None:
         super().__init__(nums)
         self.num_tokens = num_tokens
         self.longest_vnodes = longest_vnodes

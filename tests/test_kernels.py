@@ -109,7 +109,8 @@ def test_host_and_stage_1_for_hopper_agree() -> None:
 def test_host_and_stage_2_agree_on_heads() -> None:
     text = kernels.source_text("stage2")
     assert f"constexpr int kHeads = kLaneDims <= 4 ? {cuda.STAGE2_HEADS} : {cuda.STAGE2_HEADS // 2};" in text
-    assert f"constexpr int kWarps = {cuda.STAGE2_ROWS};" in text
+    assert f"constexpr int kWarps = {cuda.MERGING_WARPS};" in text
+    assert f"constexpr int kWarps = {cuda.MERGING_WARPS};" in kernels.source_text("merge_states")
 
 
 @pytest.mark.parametrize(

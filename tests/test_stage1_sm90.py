@@ -6,7 +6,6 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -14,6 +13,7 @@ import fasttree_cupy as ft
 from fasttree_cupy.execution import cuda
 from fasttree_cupy.execution.device import gpu_problem
 from tests.reference import dense_attention
+from tests.test_decode import DTYPES
 from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.gpu
@@ -44,8 +44,7 @@ def arrays_of(tree: ft.KVTree, heads: int, kv_heads: int, head_dim: int, dtype: 
     """Q, K and V on the host."""
     rng = np.random.default_rng()
     shapes = ((tree.batch_size, heads), (tree.unique_tokens, kv_heads), (tree.unique_tokens, kv_heads))
-    kind = np.dtype(getattr(ml_dtypes, dtype) if dtype == "bfloat16" else dtype)
-    return [rng.standard_normal((*shape, head_dim), np.float32).astype(kind) for shape in shapes]
+    return [rng.standard_normal((*shape, head_dim), np.float32).astype(DTYPES[dtype]) for shape in shapes]
 
 
 def prepared(tree: ft.KVTree, heads: int, kv_heads: int, head_dim: int) -> tuple[ft.MetadataTuple, ft.FastTreeParams]:
@@ -57,12 +56,12 @@ def prepared(tree: ft.KVTree, heads: int, kv_heads: int, head_dim: int) -> tuple
     return metadata, params
 
 
-def decode(arrays: list[Any], metadata: ft.MetadataTuple, params: ft.FastTreeParams, **options: Any) -> Any:
+def decode(arrays: list[Any], metadata: ft.MetadataTuple, params: ft.FastTreeParams) -> Any:
     """The output on the host, from poisoned partial outputs."""
     metadata.mid_o.fill(np.nan)
     metadata.mid_lse.fill(np.nan)
     scale = arrays[0].shape[2] ** -0.5
-    return ft.fasttree_decode(*arrays, None, *metadata, params.TSQs, params.TSKs, scale, **options).get()
+    return ft.fasttree_decode(*arrays, None, *metadata, params.TSQs, params.TSKs, scale).get()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(map(str, layout)))

@@ -25,7 +25,7 @@ struct Stage1Params {
     const float* k_scales;           // [kv_heads]: factors of float8 K; null: sm_scale has it
     const float* v_scales;           // [kv_heads]: factors of float8 V, or null
     float v_scale;                   // factor of float8 V where v_scales is null
-    int kv_heads;
+    int kv_heads;                    // of K and V
 };
 static_assert(sizeof(Stage1Params) == 176, "as STAGE1_PARAMS in cuda.py");
 

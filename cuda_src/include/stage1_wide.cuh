@@ -62,7 +62,7 @@ struct WideBlock {
         const ScoreScale to_score{p.stage1.sm_scale, p.stage1.logit_cap};
 #pragma unroll
         for (int i = 0; i < kStages; ++i) ask(first, tiles);
-        const VnodeRows own{vnode, first_row + warp * 16 + lane / 4};
+        const VnodeRows own{vnode, first_row + warp * kChunkRows + lane / 4};
         Queries q;
         own.load(q, lane);
         WarpgroupRows rows(0);

@@ -15,9 +15,9 @@ struct alignas(16) WorkItem {
     int next_segment;    // segments[next_segment] follows the first one
     int piece, pieces;   // this is piece `piece` of `pieces` of the rows' tokens; pieces > 1: outputs are partial
     int first_partial;   // block of mid_o of piece 0; its pieces follow one another
-    int counter;         // counters[counter] counts the pieces that are done
+    int counter;         // counters[counter] counts the pieces that are done; together: a word for each piece
     int first_request;   // where its requests follow one another in Q and O: the first; else -1
-    int together;        // whether the workers of the last pieces merge together, or the last one alone
+    int together;        // whether the pieces' workers merge together, or the one whose piece is done last
     Segment first;       // without what earlier pieces attend to
 };
 static_assert(sizeof(WorkItem) == 64, "as ITEM_FIELDS in balanced.py");
@@ -45,7 +45,7 @@ struct WorkParams {
     float logit_cap;           // <= 0: none
     int o_aligned;             // rows of o start at multiples of 16 bytes
     int qo_heads;
-    int polls;                 // how often a worker looks whether the last piece of its rows is done
+    int polls;                 // how often a worker looks whether all pieces of its rows are done
     float v_scale;             // factor of float8 V where v_scales is null
     const float* k_scales;     // [kv_heads]: factors of float8 K; null: sm_scale has it
     const float* v_scales;     // [kv_heads]: factors of float8 V, or null

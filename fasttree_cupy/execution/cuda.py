@@ -54,13 +54,14 @@ VECTOR_BYTES = 16
 MAX_ROW_STRIDE = 2**30
 """The tensor-core kernels count the bytes from one row of K or V to the next in 32 bits."""
 PLAIN_ROWS = 4
-STAGE2_ROWS = 4
+MERGING_WARPS = 4
+"""Warps of a block of ``stage2`` and ``merge_states``."""
 MAX_GRID_Z = 65535
 STAGE1_SM90_WARPS, STAGE1_SM90_WARP_ROWS = 4, 16
 """Warps of a block of ``stage1_sm90``, and rows that each may take for itself."""
 STAGE1_SM90_SHORT, STAGE1_SM90_FEW = 64, 5
 """Where vnodes have more tokens than the first number, and are no more than the second a multiprocessor (each KV head
-counted), a block takes one together, not each warp one. This and the next three were measured (bench/NOTES.md)."""
+counted), a block takes one together, not each warp one. bench/NOTES.md has what other numbers than these cost."""
 STAGE1_SM90_UNITS = 24
 """Vnodes and KV heads a multiprocessor, counted together as before, for each head that a warp takes of a vnode."""
 STAGE1_SM90_SPREAD = 0.6
@@ -68,7 +69,10 @@ STAGE1_SM90_SPREAD = 0.6
 STAGE2_HEADS, STAGE2_FEW = 4, 64
 """Heads that a warp of ``stage2`` merges at most, and rows a multiprocessor up to which it merges one."""
 
-# Field by field the structs of stage1_params.cuh, stage2.cu, plan.cuh and work.cuh under cuda_src.
+NO_FIELDS, NO_STAGE1_FIELDS = (0,) * 13, (0,) * 8
+"""What fills `WORK_PARAMS` and `STAGE1_SM90_PARAMS` up to the tensor maps, which begin at a multiple of 64 bytes."""
+
+# Field by field the structs of stage1_params.cuh, stage1_vnode.cuh, stage2.cu, plan.cuh and work.cuh under cuda_src.
 STAGE1_PARAMS = np.dtype(
     [(name, np.uint64) for name in ("q", "k", "v")]
     + [(name, np.uint64) for name in ("kv_entries", "kv_offs", "kv_lens", "q_entries", "q_offs", "q_lens")]
@@ -85,7 +89,7 @@ STAGE1_SM90_PARAMS = np.dtype(
         for field in ("first_vnode", "vnodes", "row_blocks", "heads", "blocks")
     ]
     + [("stride", np.int32), ("bulk", np.int32)]
-    + [(f"padding_{i}", np.int32) for i in range(8)]
+    + [(f"padding_{i}", np.int32) for i in range(len(NO_STAGE1_FIELDS))]
     + [(f"{name}_map_{i}", np.uint64) for name in ("k", "v") for i in range(TENSOR_MAP_BYTES // 8)]
 )
 STAGE2_PARAMS = np.dtype(
@@ -108,8 +112,6 @@ OPERAND_ADDRESSES = struct.Struct("=4Q")
 TENSOR_MAP_PAIR = struct.Struct(f"={2 * TENSOR_MAP_BYTES // 8}Q")
 """Those of K and V, with which `WORK_PARAMS` ends."""
 NO_TENSOR_MAPS = (0,) * (2 * TENSOR_MAP_BYTES // 8)
-NO_FIELDS = (0,) * 13
-"""What fills `WORK_PARAMS` up to the tensor maps, which begin at a multiple of 64 bytes."""
 WORK_PARAMS = np.dtype(
     [(name, np.uint64) for name in WORK_POINTERS]
     + [(name, np.int64) for name in ("q_request", "q_head", "k_token", "k_head", "v_token", "v_head")]
@@ -269,11 +271,15 @@ def launch_stage1_sm90(operands: Operands, metadata: Sequence[ArrayView], phases
     total = sum(grid[-1] for grid in grids)
     stride = max(1, int(STAGE1_SM90_SPREAD * total / max(1, grids[0][-1])))
     maps = tensor_maps(k, v)
-    words = TENSOR_MAP_PAIR.unpack(maps(k.pointer, v.pointer)) if maps else NO_TENSOR_MAPS
-    more = (*grids[0], *grids[1], stride, maps is not None, *(0,) * 8)
-    params = packed((*stage1_values(operands, metadata, 0), *more, *words), STAGE1_SM90_PARAMS)
+    more = (*grids[0], *grids[1], stride, maps is not None, *NO_STAGE1_FIELDS, *map_words(maps, k, v))
+    params = packed((*stage1_values(operands, metadata, 0), *more), STAGE1_SM90_PARAMS)
     soft_cap = logit_cap > 0 or kernel_scales(operands).sm_scale < 0
     stage1_launch("stage1_sm90", q.dtype, q.shape[2], None, soft_cap, None, q.device[1])((total, 1, 1), params)
+
+
+def map_words(maps: Callable[[int, int], bytes] | None, k: ArrayView, v: ArrayView) -> tuple[int, ...]:
+    """What a struct holds of the tensor maps of K and V, zeros where there are none."""
+    return NO_TENSOR_MAPS if maps is None else TENSOR_MAP_PAIR.unpack(maps(k.pointer, v.pointer))
 
 
 def stage1_grid(phase: Phase, group: int, num_kv_heads: int, multiprocessors: int) -> tuple[int, int, int, int, int]:
@@ -352,7 +358,7 @@ def launch_stage2(
     pointers = (*mid, *lists, requests, o.pointer, pointer_of(operands.lse))
     heads = stage2_heads(merges, num_qo_heads, head_dim, multiprocessors(o.device[1]))
     params = packed((*pointers, *o.strides[:2], merges, num_qo_heads, is_aligned(o), heads), STAGE2_PARAMS)
-    grid = (-(-merges * num_qo_heads // heads // STAGE2_ROWS), 1, 1)
+    grid = (-(-merges * num_qo_heads // heads // MERGING_WARPS), 1, 1)
     launch = stage2_launch(o.dtype, head_dim, o.device[1])
     if dependent_on is None or not launch_dependent(*launch, grid, params, dependent_on):
         launch(grid, params)
@@ -460,9 +466,8 @@ def run_workers(
     strides = (*q.strides[:2], *k.strides[:2], *v.strides[:2], *o.strides[:2])
     numbers = (num_segments, num_qo_heads // k.shape[1], scales.sm_scale, logit_cap, is_aligned(o), num_qo_heads)
     maps = tensor_maps(k, v)
-    words = TENSOR_MAP_PAIR.unpack(maps(k.pointer, v.pointer)) if maps else NO_TENSOR_MAPS
-    more = (MERGE_POLLS, *scales[1:], maps is not None, *NO_FIELDS)
-    params = packed((*pointers, *strides, *numbers, *more, *words), WORK_PARAMS)
+    more = (MERGE_POLLS, *scales[1:], maps is not None, *NO_FIELDS, *map_words(maps, k, v))
+    params = packed((*pointers, *strides, *numbers, *more), WORK_PARAMS)
     soft_cap = logit_cap > 0 or scales.sm_scale < 0
     launch = worker_launch(q.dtype, head_dim, row_groups, soft_cap, operands.kv_dtype, q.device[1])
     grid = (workers, 1, 1)
@@ -491,7 +496,7 @@ def merge_states(states: Sequence[ArrayView], o: ArrayView, lse: ArrayView, stre
     params = packed((*pointers, *strides, rows * heads, heads, 0), MERGE_STATES_PARAMS)
     launch = merge_states_launch(o.dtype, head_dim, o.device[1])
     with stream.launches():
-        launch((-(-rows * heads // STAGE2_ROWS), 1, 1), params)
+        launch((-(-rows * heads // MERGING_WARPS), 1, 1), params)
 
 
 class Launch(NamedTuple):

@@ -7,12 +7,14 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from fasttree_cupy.execution.driver import driver_function
+
 __all__ = ["launch_dependent"]
 
 # Of cuda.h: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION.
 _MAY_BEGIN_EARLY = 6
 _DRIVER_VERSION = 12030
-"""CUDA 12.3, from which on a launch of this kind can be captured into a graph."""
+"""CUDA 12.3, whose graphs have edges for launches of this kind: from then on they can be captured."""
 
 
 class _Attribute(ctypes.Structure):
@@ -79,11 +81,4 @@ def _launcher() -> Callable[..., int] | None:
     """cuLaunchKernelEx; None where there is no driver, or one whose graphs do not hold such launches."""
     from cupy.cuda import runtime
 
-    if runtime.driverGetVersion() < _DRIVER_VERSION:
-        return None
-    for library in ("libcuda.so.1", "nvcuda.dll"):
-        try:
-            return ctypes.CDLL(library).cuLaunchKernelEx
-        except (OSError, AttributeError):
-            continue
-    return None
+    return driver_function("cuLaunchKernelEx") if runtime.driverGetVersion() >= _DRIVER_VERSION else None

@@ -42,6 +42,7 @@ TREE_DECODE_STAGES = 2
 
 WORKER_COMPUTE_CAPABILITY = 90
 """Compute capability times ten of the GPUs that have ``tree_decode_sm90``'s warpgroup products: these and no others."""
+WARPGROUP_KERNELS = ("stage1_sm90", "tree_decode_sm90")
 STAGE1_SM90_STAGES, STAGE1_SM90_ROWS = 2, 64
 """Places for tiles in a block of ``stage1_sm90``, and the tokens of a tile, which are as many as its rows."""
 WORKER_STAGES = {(64, 1): (8, 8), (128, 1): (6, 4), (64, 2): (6, 6), (128, 2): (3, 3)}
@@ -138,11 +139,6 @@ class KernelConfig:
     kv_dtype: str | None = None
 
     @property
-    def architecture(self) -> str | None:
-        """What it has to be compiled for, where warpgroup products make this a matter of course."""
-        return "sm_90a" if self.name in ("stage1_sm90", "tree_decode_sm90") else None
-
-    @property
     def threads(self) -> int:
         """Threads a block; the same sum stands in ``stage1_mma.cu``."""
         if self.block_warps:
@@ -153,12 +149,13 @@ class KernelConfig:
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory a block, in bytes; ``stage1_mma.cu`` asserts the same number."""
+        """Dynamic shared memory a block, in bytes; the kernels assert the same number."""
         if self.name == "tree_decode":
             return self.block_warps * self.stages * 2 * 16 * self.head_dim * 2
         if self.name == "tree_decode_sm90":
             return worker_shared_bytes(self.head_dim, self.row_groups, self.kv_dtype is not None)
         if self.name == "stage1_sm90":
+            # Tiles of keys and values, and barriers, up to a multiple of what tiles are aligned to.
             return STAGE1_SM90_STAGES * 2 * STAGE1_SM90_ROWS * self.head_dim * 2 + 1024
         if self.tile is None:
             return 0
@@ -351,8 +348,8 @@ def compile_options(config: KernelConfig) -> tuple[str, ...]:
     defines = [f"-D{key}={value}" for key, value in config.defines().items()]
     if os.environ.get(RACECHECK_VARIABLE):
         defines.append("-DFT_EVERY_LANE_ARRIVES=1")
-    architecture = config.architecture
-    return ("-std=c++17", f"-I{cuda_src() / 'include'}", *defines, *([f"-arch={architecture}"] if architecture else []))
+    architecture = ("-arch=sm_90a",) if config.name in WARPGROUP_KERNELS else ()
+    return ("-std=c++17", f"-I{cuda_src() / 'include'}", *defines, *architecture)
 
 
 def load_kernel(config: KernelConfig) -> Any:

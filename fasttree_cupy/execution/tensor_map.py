@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 
 from .arrays import DTYPES, ArrayView
+from .driver import driver_function
 
 __all__ = ["TENSOR_MAP_BYTES", "tensor_maps"]
 
@@ -93,12 +94,5 @@ def _tensor_map(address: int, layout: Layout) -> bytes:
     return ctypes.string_at(at, TENSOR_MAP_BYTES)
 
 
-@functools.cache
 def _encoder() -> Callable[..., int] | None:
-    """cuTensorMapEncodeTiled; None where there is no driver, or an older one."""
-    for library in ("libcuda.so.1", "nvcuda.dll"):
-        try:
-            return ctypes.CDLL(library).cuTensorMapEncodeTiled
-        except (OSError, AttributeError):
-            continue
-    return None
+    return driver_function("cuTensorMapEncodeTiled")

@@ -26,12 +26,7 @@ import numpy.typing as npt
 from fasttree_cupy.alignment import TRANSACTION_BYTES
 from fasttree_cupy.capacity import Capacity
 from fasttree_cupy.planning import growing_passes as passes
-from fasttree_cupy.planning.balanced import (
-    GROUP_ROWS,
-    ITEM_FIELDS,
-    STEP_TOKENS,
-    plan_layout,
-)
+from fasttree_cupy.planning.balanced import GROUP_ROWS, ITEM_FIELDS, STEP_TOKENS, plan_layout
 from fasttree_cupy.planning.growing_tree import GrowingTree
 from fasttree_cupy.planning.machine import WorkerMachine
 
