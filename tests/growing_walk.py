@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fasttree_cupy.planning.growing import GrowingPlan
+from fasttree_cupy.planning.row_tiles import READ_ONCE
 
 __all__ = ["KINDS", "Device", "Model", "rows_attended"]
 
@@ -115,6 +116,7 @@ def rows_attended(plan: GrowingPlan, packed: Any, group: int, kv_heads: int) -> 
             segment = item[12:]
             while left > 0:
                 begin, length, row_begin, row_end = segment
+                row_end %= READ_ONCE
                 assert length >= 0
                 taken = min(length, left)
                 if taken > 0:

@@ -13,7 +13,7 @@ from fasttree_cupy.execution.schedule import BalancedSchedule
 from fasttree_cupy.planning import balanced
 from fasttree_cupy.planning.balanced import BalancedPlan
 from fasttree_cupy.planning.machine import H200, H200_WORKERS, Constants, WorkerMachine, WorkerRates
-from fasttree_cupy.planning.row_tiles import tile_tokens
+from fasttree_cupy.planning.row_tiles import READ_ONCE, tile_tokens
 from fasttree_cupy.planning.subtree import depth_first, lay_out
 from tests.cases import TREES, Tree
 from tests.plans import poison_partials
@@ -49,6 +49,7 @@ def rows_seen(made: BalancedPlan, group: int, kv_heads: int) -> list[list[list[i
             assert first_request == (requests[0] if follow else -1)
             while left > 0:
                 begin, length, row_begin, row_end = segment
+                row_end %= READ_ONCE
                 assert length > 0
                 assert 0 <= row_begin < row_end <= count * group
                 assert row_begin % group == row_end % group == 0
@@ -138,6 +139,19 @@ def test_workers_get_equal_shares(levels: list[int], tokens: list[int]) -> None:
     assert max(loads) <= 1.1 * np.mean(loads) + 4
 
 
+def test_tokens_of_one_tile_are_marked_as_read_once() -> None:
+    # Tiles of 64 requests: the root is read by two, a child of 40 by one of them, one of 60 by both.
+    parents, requests = [-1, 0, 0], np.repeat([1, 2], [40, 60]).astype(np.int32)
+    tree = ft.KVTree.from_parents(parents, [100, 80, 48], requests)
+    made = balanced.plan(tree, 1, 1, 128, 1, ROW_GROUPS[1])
+    marks: dict[int, set[bool]] = {0: set(), 1: set(), 2: set()}
+    for begin, length, _, end in made.segments.tolist():
+        node = int(np.searchsorted(tree.kv_ptrs, begin, side="right")) - 1
+        assert begin + length <= tree.kv_ptrs[node + 1]
+        marks[node].add(end >= READ_ONCE)
+    assert marks == {0: {False}, 1: {True}, 2: {False}}
+
+
 def test_enough_tiles_for_all_are_cut_at_workers_borders_only() -> None:
     made = balanced.plan(ft.KVTree.from_levels([1, 1024], [64, 640]), 1, 32, 128, 132, H200_WORKERS)
     assert made.counters < made.workers
@@ -159,7 +173,7 @@ def test_tokens_that_all_warps_with_rows_see_come_first() -> None:
     assert tokens.tolist() == together.tolist() == [800]
     # With 64 rows each leaf is seen by one warp of four, and whole steps of leaves are dealt out in chunks of 16.
     made = balanced.plan(ft.KVTree.from_levels([1, 64], [64, 32]), 1, 1, 128, 1, ROW_GROUPS[1])
-    first_leaves = made.segments[made.segments[:, 3] - made.segments[:, 2] == 1][:4]
+    first_leaves = made.segments[made.segments[:, 3] % READ_ONCE - made.segments[:, 2] == 1][:4]
     assert first_leaves[:, 1].tolist() == [16] * 4
     assert (first_leaves[:, 2] // 16).tolist() == [0, 1, 2, 3]
 

@@ -1,15 +1,21 @@
 // K and V tiles in shared memory: asynchronous gather of rows, and a swizzle that spares ldmatrix bank conflicts.
 #pragma once
-#include "config.cuh"
+#include "cache_policy.cuh"
 
 __device__ __forceinline__ void copy_async_16(u32 shared_address, const void* global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address), "l"(global) : "memory");
 }
-// 16 bytes from global to shared memory; zeros, and no read, where `valid` is false.
-__device__ __forceinline__ void copy_async_16(u32 shared_address, const void* global, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address), "l"(global),
-                 "r"(valid ? 16 : 0)
-                 : "memory");
+// 16 bytes from global to shared memory; zeros, and no read, where `valid` is false. read_once: nobody else reads them.
+__device__ __forceinline__ void copy_async_16(u32 shared_address, const void* global, bool valid, bool read_once = false) {
+    const int bytes = valid ? 16 : 0;
+    if (read_once) {
+        asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared_address), "l"(global),
+                     "r"(bytes), "l"(kReadOncePolicy)
+                     : "memory");
+    } else {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address), "l"(global), "r"(bytes)
+                     : "memory");
+    }
 }
 // Lets the barrier in shared memory count one arrival when all copies that this thread has started are there.
 __device__ __forceinline__ void arrive_after_copies(u32 barrier) {

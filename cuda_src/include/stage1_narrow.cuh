@@ -50,8 +50,9 @@ struct NarrowWarp {
         const int stage = copied % kStages;
         coming.look(p.bulk, lane);
         const u32 keys = shared_address(s.k[warp][stage]), values = shared_address(s.v[warp][stage]);
-        coming.copy(keys_of(p, copy_head), copy_head, keys, kChunkPanelBytes, s.k_full[warp][stage], lane);
-        coming.copy(values_of(p, copy_head), copy_head, values, kChunkPanelBytes, s.v_full[warp][stage], lane);
+        const bool read_once = true;  // few requests see these tokens: hardly another vnode does
+        coming.copy(keys_of(p, copy_head), copy_head, keys, kChunkPanelBytes, s.k_full[warp][stage], lane, read_once);
+        coming.copy(values_of(p, copy_head), copy_head, values, kChunkPanelBytes, s.v_full[warp][stage], lane, read_once);
         ++copied;
         if (++copy_at == chunks) {
             copy_at = 0;

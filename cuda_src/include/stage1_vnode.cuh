@@ -64,14 +64,14 @@ struct Chunk {
     // Starts copies to 16 rows of a tile, whose panels are panel_bytes apart, the rest of them zeros. Each lane arrives
     // when its own are there.
     __device__ __forceinline__ void copy(const Source& from, int kv_head, u32 to, int panel_bytes, Barrier& full,
-                                         int lane) const {
+                                         int lane, bool read_once) const {
         if (follow) {
             const int first = __shfl_sync(0xffffffffu, row, 0);
             if (elected()) {
                 barrier_expect(full, kPanels * kBoxBytes);
 #pragma unroll
                 for (int panel = 0; panel < kPanels; ++panel) {
-                    copy_box(to + panel * panel_bytes, from.map, panel * kPanelElements, kv_head, first, full);
+                    copy_box(to + panel * panel_bytes, from.map, panel * kPanelElements, kv_head, first, full, read_once);
                 }
                 barrier_arrive(full, kWarpSize);
             }
@@ -84,7 +84,7 @@ struct Chunk {
             const int token = pass * kPassRows + lane / kCopyChunks;
             const int own = __shfl_sync(0xffffffffu, row, token);
             const u32 place = column / 8 * panel_bytes + token * kPanelRowBytes + ((column ^ token) % 8) * 16;
-            copy_async_16(to + place, from.head + i64(max(own, 0)) * from.stride + column * 8, own >= 0);
+            copy_async_16(to + place, from.head + i64(max(own, 0)) * from.stride + column * 8, own >= 0, read_once);
         }
         arrive_after_copies(shared_address(&full));
     }

@@ -46,12 +46,12 @@ struct WideBlock {
         const int part = warp * kChunkTokens * kPanelRowBytes;
         if (asked > 0 && asked <= tiles) {
             const int place = (first + asked - 1) % kStages;
-            last.copy(v, vnode.kv_head, shared_address(s.v[place]) + part, kPanelBytes, s.v_full[place], lane);
+            last.copy(v, vnode.kv_head, shared_address(s.v[place]) + part, kPanelBytes, s.v_full[place], lane, false);
         }
         if (asked < tiles) {
             const int place = (first + asked) % kStages;
             coming.look(p.bulk, lane);
-            coming.copy(k, vnode.kv_head, shared_address(s.k[place]) + part, kPanelBytes, s.k_full[place], lane);
+            coming.copy(k, vnode.kv_head, shared_address(s.k[place]) + part, kPanelBytes, s.k_full[place], lane, false);
         }
         last = coming;
         coming = chunk(++asked);

@@ -115,8 +115,9 @@ struct Producer {
     struct Places {
         int count;                 // tokens; the rest is zero
         u32 boxes;                 // chunks of 16 tokens that may come as boxes: a bit for each
+        u32 read_again;            // lanes with tokens that others read as well
         int row[kLaneTokens];
-        int visible[kLaneTokens];  // as two bytes: the first row that sees the token, and how many do
+        int visible[kLaneTokens];  // in bytes: the first row that sees the token, how many do, and kReadOnce << 8
     };
 
     __device__ __forceinline__ Producer(const WorkParams& p, Shared& s)
@@ -209,7 +210,7 @@ struct Producer {
         const int begin = first + part * kWarpTokens, end = min(begin + kWarpTokens, tokens);
         Places places;
         places.count = end - begin;
-        places.boxes = 0;
+        places.boxes = places.read_again = 0;
 #pragma unroll
         for (int i = 0; i < kLaneTokens; ++i) places.row[i] = places.visible[i] = 0;
         if (begin >= end) return places;
@@ -217,6 +218,10 @@ struct Producer {
         if (!find_chunks(segments, begin, end, places)) {
             search(segments, begin, end, places);
             places.boxes = find_boxes(places);
+        }
+#pragma unroll
+        for (int i = 0; i < kLaneTokens; ++i) {
+            places.read_again |= __ballot_sync(0xffffffffu, !(places.visible[i] & kReadOnce << 8));
         }
         return places;
     }
@@ -281,7 +286,7 @@ struct Producer {
         u32 seen_by = 0, whole = (1u << kRows / kChunkRows) - 1;
 #pragma unroll
         for (int i = 0; i < kLaneTokens; ++i) {
-            const int begin = places.visible[i] & 0xff, count = places.visible[i] >> 8;
+            const int begin = places.visible[i] & 0xff, count = places.visible[i] >> 8 & 0xff;
             const int end = begin + count < num_rows ? begin + count : kRows;
             const u32 some = count > 0 ? (2u << (begin + count - 1) / kChunkRows) - (1u << begin / kChunkRows) : 0;
             seen_by |= some << (i * kWarpSize + lane) / kChunkTokens * 8;
@@ -318,7 +323,8 @@ struct Producer {
                 const int token = pass * Place::kRowsPerPass + lane / kCopyChunks;
                 const i64 own = row_address(base, row_of(places, chunk, token), stride);
                 copy_async_16(to.rows + chunk * kChunkTokens * Rings::kRowBytes + place.offset(pass),
-                              reinterpret_cast<const void*>(own), chunk * kChunkTokens + token < places.count);
+                              reinterpret_cast<const void*>(own), chunk * kChunkTokens + token < places.count,
+                              places.read_again == 0);
             }
         }
     }
@@ -344,7 +350,8 @@ struct Producer {
             const u32 rows = to.rows + (part * kWarpTokens + chunk * kChunkTokens) * kPanelRowBytes;
 #pragma unroll
             for (int box = 0; box < Rings::kBoxes; ++box) {
-                copy_box(rows + box * kPanelBytes, map, box * kPanelElements, head, row[chunk], to.full);
+                copy_box(rows + box * kPanelBytes, map, box * kPanelElements, head, row[chunk], to.full,
+                         places.read_again == 0);
             }
         }
     }

@@ -63,7 +63,8 @@ class BalancedPlan(NamedTuple):
     items : int32 (I, 16)
         Work of one worker on one tile; columns `ITEM_FIELDS`. Worker w begins with item w and goes on with its next.
     segments : int32 (S, 4)
-        Runs of tokens: first row of K and V, length, first and end row of the tile that see it.
+        Runs of tokens: first row of K and V, length, first and end row of the tile that see it, the latter with
+        `READ_ONCE` added where no other tile reads the tokens.
     request_order : int32 (B,)
         Requests in depth-first order.
     row_groups : int

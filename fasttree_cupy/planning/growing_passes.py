@@ -9,7 +9,7 @@ import numpy.typing as npt
 from numba import njit
 
 from fasttree_cupy.planning.balanced import ITEM_FIELDS
-from fasttree_cupy.planning.row_tiles import is_together
+from fasttree_cupy.planning.row_tiles import READ_ONCE, is_together
 from fasttree_cupy.planning.subtree import WARP_ROWS
 
 __all__ = [
@@ -270,12 +270,11 @@ def _token_steps(s: PlanState, tile: int, first_row: int, end_row: int) -> float
 @njit(cache=True)
 def _step_cost(s: PlanState, tile: int) -> float:
     """Mean cost of a step of a tile's tokens."""
-    n, packed = s.numbers, s.packed
     tokens, cost = 0, 0.0
     for segment in range(s.tiles[tile, _BEGIN], s.tiles[tile, _END]):
-        at = n[_SEGMENTS_AT] + 4 * segment
-        tokens += packed[at + 1]
-        cost += packed[at + 1] * _token_cost(s, tile, packed[at + 2], packed[at + 3])
+        _, count, first_row, end_row = _segment(s, segment)
+        tokens += count
+        cost += count * _token_cost(s, tile, first_row, end_row)
     return cost / max(1, tokens)
 
 
@@ -290,6 +289,13 @@ def _weigh(s: PlanState) -> None:
             for piece in range(s.units[unit, 0], s.units[unit, 0] + s.units[unit, 1]):
                 count = s.packed[_item_at(n, s.pieces[piece, _ITEM]) + _TOKENS]
                 s.loads[s.pieces[piece, _WORKER]] += s.costs[_ITEM_STEPS] + step_cost * -(-count // n[_STEP_TOKENS])
+
+
+@njit(cache=True)
+def _segment(s: PlanState, segment: int) -> tuple[int, int, int, int]:
+    """First row of K and V of a segment, its tokens, and first and end row of the tile that see them."""
+    at = s.numbers[_SEGMENTS_AT] + 4 * segment
+    return s.packed[at], s.packed[at + 1], s.packed[at + 2], s.packed[at + 3] % READ_ONCE
 
 
 @njit(cache=True)
@@ -452,7 +458,7 @@ def _fork_one(s: PlanState, parent: int, slot: int) -> bool:
     room = (len(s.packed) - n[_SEGMENTS_AT]) // 4 - SLACK
     tokens = 0
     for segment in range(source[_BEGIN], source[_END]):
-        first, count, first_row, end_row = s.packed[n[_SEGMENTS_AT] + 4 * segment : n[_SEGMENTS_AT] + 4 * segment + 4]
+        first, count, first_row, end_row = _segment(s, segment)
         if count > 0 and first_row <= row < end_row:
             if not _join(s, tile, first, count):
                 if tile[_END] >= room:
@@ -541,7 +547,7 @@ def finish(s: PlanState, slots: Int32Array) -> bool:
         row = s.slots[slot, _PLACE] * n[_GROUP]
         begin = 0
         for segment in range(s.tiles[tile, _BEGIN], s.tiles[tile, _END]):
-            _, count, first_row, end_row = s.packed[n[_SEGMENTS_AT] + 4 * segment : n[_SEGMENTS_AT] + 4 * segment + 4]
+            _, count, first_row, end_row = _segment(s, segment)
             if first_row <= row < end_row and _nobody_sees(s, tile, first_row, end_row):
                 _empty(s, tile, segment, begin, begin + count, _token_steps(s, tile, first_row, end_row))
             else:

@@ -15,7 +15,7 @@ from numba import njit
 
 from fasttree_cupy.planning.subtree import WARP_ROWS, _Layout
 
-__all__ = ["CHUNK_TOKENS", "is_together", "tile_segments", "tile_tokens"]
+__all__ = ["CHUNK_TOKENS", "READ_ONCE", "is_together", "tile_segments", "tile_tokens"]
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -24,6 +24,8 @@ CHUNK_TOKENS = 16
 """Tokens that a warp attends at a time where few rows see them, as in chunk_products.cuh."""
 GROUP_WARPS = 4
 """Warps of a warpgroup."""
+READ_ONCE = 1 << 16
+"""Added to a segment's end row where no other tile reads its tokens: kReadOnce of cuda_src/include/plan.cuh."""
 
 
 @njit(cache=True)
@@ -124,7 +126,9 @@ def _queue(
             tokens = layout.seqlen[node]
             if tokens == 0 or layout.begins[node] >= layout.ends[node]:
                 continue
-            for tile in range(tile_of[layout.begins[node]], tile_of[layout.ends[node] - 1] + 1):
+            first_tile, last_tile = tile_of[layout.begins[node]], tile_of[layout.ends[node] - 1]
+            flag = READ_ONCE if first_tile == last_tile else 0
+            for tile in range(first_tile, last_tile + 1):
                 begin, end = _rows(layout, node, tile, group, requests)
                 queue = tile * queues
                 if not is_together(begin, end, warps[tile]):
@@ -134,7 +138,7 @@ def _queue(
                     room += 3 + tokens // CHUNK_TOKENS
                 else:
                     run = runs[ends[queue]]
-                    run[0], run[1], run[2], run[3] = layout.kv_ptrs[node], tokens, begin, end
+                    run[0], run[1], run[2], run[3] = layout.kv_ptrs[node], tokens, begin, end | flag
                 ends[queue] += 1
     return ends, runs, room
 
