@@ -25,7 +25,7 @@ import numpy as np
 from bench import machine, records
 from bench.peers._torch import torch_problem
 from fasttree_cupy import DecodePlan, KVTree, plan_decode
-from fasttree_cupy.execution import arrays, cuda
+from fasttree_cupy.execution import arrays, plan_kernels
 from fasttree_cupy.execution.device import gpu_problem
 
 __all__ = ["main"]
@@ -36,7 +36,7 @@ TREES = {"one launch": KVTree.from_levels([1], [64]), "merged": KVTree.from_leve
 CALLS = 200
 BATCHES = 21
 EMPTY = f"""
-struct Params {{ char bytes[{cuda.WORK_PARAMS.itemsize}]; }};
+struct Params {{ char bytes[{plan_kernels.WORK_PARAMS.itemsize}]; }};
 extern "C" __global__ void empty(const __grid_constant__ Params p) {{}}
 """
 """A launch of as many parameters as a run's."""
@@ -127,7 +127,7 @@ def timed(plan: DecodePlan, operands: list[Any], batches: int) -> dict[str, floa
     import cupy
 
     empty = cupy.RawModule(code=EMPTY, options=("-std=c++17",)).get_function("empty")
-    params = np.zeros((), (np.void, cuda.WORK_PARAMS.itemsize))
+    params = np.zeros((), (np.void, plan_kernels.WORK_PARAMS.itemsize))
     wait = cupy.cuda.runtime.deviceSynchronize
     launch_us = host_us(lambda: empty((1, 1, 1), (32, 1, 1), (params,)), batches, wait)
     run_us = host_us(lambda: plan.run(*operands), batches, wait)

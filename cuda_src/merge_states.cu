@@ -7,7 +7,7 @@
 
 constexpr int kWarps = 4;
 
-// Mirrored field by field in fasttree_cupy/execution/cuda.py. Strides count elements; the last axis is contiguous.
+// Mirrored field by field in fasttree_cupy/execution/merge_kernel.py. Strides count elements; the last axis is contiguous.
 struct MergeStatesParams {
     const u16* o_a;        // [rows, heads, head_dim]
     const u16* o_b;        // [rows, heads, head_dim]
@@ -21,7 +21,7 @@ struct MergeStatesParams {
     int heads;
     int padding;
 };
-static_assert(sizeof(MergeStatesParams) == 96, "as MERGE_STATES_PARAMS in cuda.py");
+static_assert(sizeof(MergeStatesParams) == 96, "as MERGE_STATES_PARAMS in merge_kernel.py");
 
 extern "C" __global__ void __launch_bounds__(kWarps * kWarpSize)
 merge_states(const __grid_constant__ MergeStatesParams p) {

@@ -21,7 +21,7 @@ struct alignas(2 * kLaneDims) Output {
     u16 value[kLaneDims];
 };
 
-// Mirrored field by field in fasttree_cupy/execution/cuda.py.
+// Mirrored field by field in fasttree_cupy/execution/stages.py.
 struct Stage2Params {
     const float* mid_o;               // [partials, qo_heads, head_dim], contiguous
     const float* mid_lse;             // [partials, qo_heads], contiguous: natural log
@@ -37,7 +37,7 @@ struct Stage2Params {
     int o_aligned;                    // rows of o start at multiples of 16 bytes
     int heads;                        // that a warp merges: kHeads, where that divides qo_heads, or 1
 };
-static_assert(sizeof(Stage2Params) == 96, "as STAGE2_PARAMS in cuda.py");
+static_assert(sizeof(Stage2Params) == 96, "as STAGE2_PARAMS in stages.py");
 
 // Writes a row, and its LSE where that is wanted.
 __device__ __forceinline__ void write(const Stage2Params& p, int request, int head, int lane, const SoftmaxState& state,

@@ -16,7 +16,7 @@ from fasttree_cupy.checks import (
     checked_float,
     is_contiguous,
 )
-from fasttree_cupy.execution import arrays, cpu, cuda, streams
+from fasttree_cupy.execution import arrays, cpu, cuda, stages, streams
 from fasttree_cupy.execution.arrays import ArrayView
 from fasttree_cupy.execution.operands import Operands
 from fasttree_cupy.metadata import UNKNOWN_LENGTHS, MetadataTuple, Phase, PhaseNodeNums
@@ -189,7 +189,7 @@ def run(
         return
     metadata = [views[name] for name in ARRAY_NAMES]
     columns = (phases.node_offsets, phases.node_nums, phases.q_tile_sizes, phases.longest_vnodes)
-    cuda.decode(operands, metadata, list(map(Phase, *columns)), kernel, stream)
+    stages.decode(operands, metadata, list(map(Phase, *columns)), kernel, stream)
     stream.keep_borrowed([*operands[:4], *metadata])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fasttree_cupy.checks import check_element_array, check_same, checked_head_dim, is_contiguous
-from fasttree_cupy.execution import arrays, cuda, streams
+from fasttree_cupy.execution import arrays, merge_kernel, streams
 from fasttree_cupy.execution.arrays import ArrayView
 
 __all__ = ["merge_states"]
@@ -57,7 +57,7 @@ def merge_states(o_a: Any, lse_a: Any, o_b: Any, lse_b: Any, *, stream: Any = No
         if work is None:
             merge_on_cpu(list(views.values()), o_view, lse_view)
         else:
-            cuda.merge_states(list(views.values()), o_view, lse_view, work)
+            merge_kernel.merge_states(list(views.values()), o_view, lse_view, work)
             work.keep_borrowed([*views.values(), o_view, lse_view])
         with nullcontext() if work is None else work.launches():
             return arrays.hand_back(o, like), arrays.hand_back(lse, like)

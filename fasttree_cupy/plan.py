@@ -24,6 +24,7 @@ from fasttree_cupy.checks import (
 from fasttree_cupy.execution import arrays, cuda, streams
 from fasttree_cupy.execution.arrays import ArrayView
 from fasttree_cupy.execution.device import resolve_device
+from fasttree_cupy.execution.launch import Relaunch
 from fasttree_cupy.execution.operands import Operands
 from fasttree_cupy.execution.plan_memory import PlanMemory
 from fasttree_cupy.execution.repeat import Repeat
@@ -445,7 +446,7 @@ class DecodePlan:
 
     def _run_operands(
         self, operands: Operands, work: streams.WorkStream | None
-    ) -> tuple[Callable[[], cuda.Relaunch] | None, PlanMemory]:
+    ) -> tuple[Callable[[], Relaunch] | None, PlanMemory]:
         """Run the schedule on checked arrays; returns how to do it again (see `Schedule.run`), and its memory."""
         schedule, memory = self._ready(work)
         if work is None:

@@ -19,7 +19,7 @@ import ml_dtypes
 import pytest
 
 import fasttree_cupy as ft
-from fasttree_cupy.execution import cuda
+from fasttree_cupy.execution import stages
 from fasttree_cupy.execution.device import gpu_problem
 
 LAYOUTS = (
@@ -41,7 +41,7 @@ def run_documented(kernel: str, *arguments: Any) -> None:
     """One run of the documented functions; "ampere" is "mma" without the kernel of compute capability 9.0."""
     with pytest.MonkeyPatch.context() as patch:
         if kernel == "ampere":
-            patch.setattr(cuda, "stage1_sm90_serves", lambda _: False)
+            patch.setattr(stages, "stage1_sm90_serves", lambda _: False)
             kernel = "mma"
         ft.fasttree_decode(*arguments, kernel=kernel)
 

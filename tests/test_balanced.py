@@ -150,6 +150,8 @@ def test_tokens_of_one_tile_are_marked_as_read_once() -> None:
         assert begin + length <= tree.kv_ptrs[node + 1]
         marks[node].add(end >= READ_ONCE)
     assert marks == {0: {False}, 1: {True}, 2: {False}}
+    much = balanced.plan(ft.KVTree.from_levels([1, 2], [0, 10**6]), 1, 8, 128, 132, H200_WORKERS)
+    assert (much.segments[:, 3] < READ_ONCE).all()  # more than the cache holds many times over
 
 
 def test_enough_tiles_for_all_are_cut_at_workers_borders_only() -> None:
@@ -249,7 +251,7 @@ def test_workers_merge_together_and_need_nobody_to_stay(
     inputs = [array.get() for array in (q, k, v)]
     expected, expected_lse = dense_attention(tree.parent, tree.seqlen, tree.request_node, *inputs, head_dim**-0.5)
     first = plan.run(q, k, v).view(np.uint16)
-    monkeypatch.setattr("fasttree_cupy.execution.cuda.MERGE_POLLS", polls)
+    monkeypatch.setattr("fasttree_cupy.execution.plan_kernels.MERGE_POLLS", polls)
     for _ in range(20):
         poison_partials(plan)
         out = cupy.full(q.shape, np.nan, np.float32).astype(q.dtype)

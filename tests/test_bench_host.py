@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from bench import bench_host
-from fasttree_cupy.execution import cuda
+from fasttree_cupy.execution import plan_kernels
 
 
 def test_reading_arrays_is_timed(tmp_path: Path) -> None:
@@ -18,7 +18,7 @@ def test_reading_arrays_is_timed(tmp_path: Path) -> None:
 
 
 def test_the_empty_launch_carries_a_runs_parameters() -> None:
-    assert f"bytes[{cuda.WORK_PARAMS.itemsize}]" in bench_host.EMPTY
+    assert f"bytes[{plan_kernels.WORK_PARAMS.itemsize}]" in bench_host.EMPTY
 
 
 def test_a_call_takes_the_time_between_waits() -> None:

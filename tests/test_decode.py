@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from fasttree_cupy.decode import fasttree_decode
-from fasttree_cupy.execution import cuda
+from fasttree_cupy.execution import stages
 from fasttree_cupy.params import FastTreeParams
 from fasttree_cupy.plan import plan_decode
 from fasttree_cupy.preparation import fasttree_preparation
@@ -193,7 +193,7 @@ AMPERE_CASES = [case for case in cases.CASES if case.head_dim in AMPERE_DIMS and
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", AMPERE_CASES[::3], ids=[case.id for case in AMPERE_CASES[::3]])
 def test_case_as_on_ampere(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "stage1_sm90_serves", lambda _: False)
+    monkeypatch.setattr(stages, "stage1_sm90_serves", lambda _: False)
     check(case, "mma", amplitude=10.0 if case.logit_cap == 30 else 1.0)
 
 

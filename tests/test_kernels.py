@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fasttree_cupy.execution import cuda, kernels
+from fasttree_cupy.execution import cuda, kernels, launch, merge_kernel, plan_kernels, stages
 from fasttree_cupy.execution.edits import EDIT_PLAN_PARAMS
 from fasttree_cupy.execution.kernels import HEAD_DIMS, KernelConfig, all_configs, choose_tile, tiles
 from fasttree_cupy.metadata import Phase
@@ -22,20 +22,20 @@ SMALLEST_SHARED_MEMORY = 99 * 1024
 
 def test_parameter_structs_have_the_size_that_the_sources_assert() -> None:
     header = (kernels.cuda_src() / "include" / "stage1_params.cuh").read_text()
-    assert f"static_assert(sizeof(Stage1Params) == {cuda.STAGE1_PARAMS.itemsize}" in header
+    assert f"static_assert(sizeof(Stage1Params) == {stages.STAGE1_PARAMS.itemsize}" in header
     vnode = (kernels.cuda_src() / "include" / "stage1_vnode.cuh").read_text()
-    assert f"static_assert(sizeof(Stage1Sm90Params) == {cuda.STAGE1_SM90_PARAMS.itemsize}" in vnode
+    assert f"static_assert(sizeof(Stage1Sm90Params) == {stages.STAGE1_SM90_PARAMS.itemsize}" in vnode
     plan = (kernels.cuda_src() / "include" / "plan.cuh").read_text()
-    assert f"static_assert(sizeof(TreeDecodeParams) == {cuda.TREE_DECODE_PARAMS.itemsize}" in plan
+    assert f"static_assert(sizeof(TreeDecodeParams) == {plan_kernels.TREE_DECODE_PARAMS.itemsize}" in plan
     assert f"static_assert(sizeof(Item) == {4 * len(ITEM_FIELDS)}" in plan
     work = (kernels.cuda_src() / "include" / "work.cuh").read_text()
-    assert f"static_assert(sizeof(WorkParams) == {cuda.WORK_PARAMS.itemsize}" in work
+    assert f"static_assert(sizeof(WorkParams) == {plan_kernels.WORK_PARAMS.itemsize}" in work
     assert f"static_assert(sizeof(WorkItem) == {4 * len(balanced.ITEM_FIELDS)}" in work
     merge = kernels.source_text("merge_states")
-    assert f"static_assert(sizeof(MergeStatesParams) == {cuda.MERGE_STATES_PARAMS.itemsize}" in merge
+    assert f"static_assert(sizeof(MergeStatesParams) == {merge_kernel.MERGE_STATES_PARAMS.itemsize}" in merge
     edit = kernels.source_text("edit_plan")
     assert f"static_assert(sizeof(EditPlanParams) == {EDIT_PLAN_PARAMS.itemsize}" in edit
-    assert f"static_assert(sizeof(Stage2Params) == {cuda.STAGE2_PARAMS.itemsize}" in kernels.source_text("stage2")
+    assert f"static_assert(sizeof(Stage2Params) == {stages.STAGE2_PARAMS.itemsize}" in kernels.source_text("stage2")
 
 
 def test_no_source_includes_a_toolkit_header() -> None:
@@ -96,19 +96,19 @@ def test_host_and_stage_1_for_hopper_agree() -> None:
     configs = [config for config in all_configs(90) if config.name == "stage1_sm90"]
     assert len(configs) == 2 * 2 * 2  # dtypes, head dims, soft cap or none
     assert max(3 * (config.shared_bytes + 1024) for config in configs) <= HOPPER_SHARED_MEMORY + 1024
-    assert {config.threads for config in configs} == {32 * cuda.STAGE1_SM90_WARPS}
+    assert {config.threads for config in configs} == {32 * stages.STAGE1_SM90_WARPS}
     header = (kernels.cuda_src() / "include" / "stage1_vnode.cuh").read_text()
-    assert f"constexpr int kWarps = {cuda.STAGE1_SM90_WARPS};" in header
+    assert f"constexpr int kWarps = {stages.STAGE1_SM90_WARPS};" in header
     assert f"constexpr int kStages = {kernels.STAGE1_SM90_STAGES};" in header
     rows = (kernels.cuda_src() / "include" / "warpgroup_rows.cuh").read_text()
     assert f"constexpr int kGroupRows = {kernels.STAGE1_SM90_ROWS};" in rows
     chunks = (kernels.cuda_src() / "include" / "chunk_products.cuh").read_text()
-    assert f"constexpr int kChunkRows = {cuda.STAGE1_SM90_WARP_ROWS};" in chunks
+    assert f"constexpr int kChunkRows = {stages.STAGE1_SM90_WARP_ROWS};" in chunks
 
 
 def test_host_and_stage_2_agree_on_heads() -> None:
     text = kernels.source_text("stage2")
-    assert f"constexpr int kHeads = kLaneDims <= 4 ? {cuda.STAGE2_HEADS} : {cuda.STAGE2_HEADS // 2};" in text
+    assert f"constexpr int kHeads = kLaneDims <= 4 ? {stages.STAGE2_HEADS} : {stages.STAGE2_HEADS // 2};" in text
     assert f"constexpr int kWarps = {cuda.MERGING_WARPS};" in text
     assert f"constexpr int kWarps = {cuda.MERGING_WARPS};" in kernels.source_text("merge_states")
 
@@ -118,7 +118,7 @@ def test_host_and_stage_2_agree_on_heads() -> None:
     [(1024, 16, 128, 4), (1024, 16, 256, 2), (2048, 6, 128, 1), (2048, 6, 256, 2), (10, 16, 128, 1), (0, 8, 64, 1)],
 )
 def test_heads_that_a_warp_of_stage_2_merges(merges: int, heads: int, head_dim: int, expected: int) -> None:
-    assert cuda.stage2_heads(merges, heads, head_dim, 132) == expected
+    assert stages.stage2_heads(merges, heads, head_dim, 132) == expected
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_heads_that_a_warp_of_stage_2_merges(merges: int, heads: int, head_dim: 
 def test_blocks_of_stage_1_for_hopper(
     phase: Phase, group: int, kv_heads: int, expected: tuple[int, int, int, int, int]
 ) -> None:
-    assert cuda.stage1_grid(phase, group, kv_heads, 132) == expected
+    assert stages.stage1_grid(phase, group, kv_heads, 132) == expected
 
 
 def test_gpus_get_the_kernels_that_they_can_run() -> None:
@@ -193,14 +193,20 @@ def test_a_variant_compiles_for_ampere_and_reports_its_resources() -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [cuda.STAGE1_PARAMS, cuda.STAGE2_PARAMS, cuda.TREE_DECODE_PARAMS, cuda.WORK_PARAMS, cuda.MERGE_STATES_PARAMS],
+    [
+        stages.STAGE1_PARAMS,
+        stages.STAGE2_PARAMS,
+        plan_kernels.TREE_DECODE_PARAMS,
+        plan_kernels.WORK_PARAMS,
+        merge_kernel.MERGE_STATES_PARAMS,
+    ],
     ids=["stage1", "stage2", "tree_decode", "work", "merge_states"],
 )
 def test_packed_parameters_are_those_of_numpy(fields: np.dtype[Any]) -> None:
     rng = np.random.default_rng(4)
     draw = {"u": lambda: int(rng.integers(2**62)), "i": lambda: int(rng.integers(-(2**31), 2**31)), "f": rng.random}
     values = [draw[fields[name].kind]() for name in fields.names or ()]
-    made = cuda.packed(values, fields)
+    made = launch.packed(values, fields)
     assert made.shape == ()
     assert made.dtype.names is None
     assert made.tobytes() == np.array(tuple(values), fields).tobytes()

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 import fasttree_cupy as ft
-from fasttree_cupy.execution import arrays, cuda, streams, turns
+from fasttree_cupy.execution import arrays, cuda, plan_kernels, streams, turns
 from fasttree_cupy.execution.arrays import address_of_alike
+from fasttree_cupy.execution.launch import Launch, Relaunch
 from fasttree_cupy.execution.plan_memory import MemoryNeeds
 from fasttree_cupy.execution.schedule import BalancedSchedule
 from fasttree_cupy.planning.machine import H200, H200_WORKERS, Constants
@@ -58,7 +59,7 @@ class FakeCuda:
             (streams, "wait_for", lambda _stream, _event: None),
             (cuda, "compute_capability", lambda _device: 90),
             (cuda, "multiprocessors", lambda _device: 132),
-            (cuda, "worker_launch", lambda *_: cuda.Launch(self, (384, 1, 1), 1024)),
+            (plan_kernels, "worker_launch", lambda *_: Launch(self, (384, 1, 1), 1024)),
             (arrays, "_torch_device", lambda tensor: ("cuda", int(tensor.is_meta))),
             (MemoryNeeds, "_new_workspace", lambda needs, _: np.zeros(needs.workspace_bytes + 16, np.uint8)),
         ]
@@ -81,10 +82,10 @@ class FakeCuda:
         *shape, shared_bytes, stream, parameters, extra = numbers
         assert (function, shape[1:], shared_bytes, extra) == (0xF0, [1, 1, 384, 1, 1], 1024, 0)
         (struct,) = (ctypes.c_uint64 * 1).from_address(parameters)
-        self.seen("again", stream, ctypes.string_at(struct, cuda.WORK_PARAMS.itemsize))
+        self.seen("again", stream, ctypes.string_at(struct, plan_kernels.WORK_PARAMS.itemsize))
 
     def seen(self, how: str, stream: int, params: bytes) -> None:
-        self.launches.append((how, stream, np.frombuffer(params, cuda.WORK_PARAMS)[0]))
+        self.launches.append((how, stream, np.frombuffer(params, plan_kernels.WORK_PARAMS)[0]))
 
     @property
     def hows(self) -> list[str]:
@@ -335,13 +336,13 @@ def test_repeats_compute_what_first_runs_do(
 ) -> None:
     cupy = namespace("gpu")
     again: list[int] = []
-    relaunch = cuda.Relaunch.__call__
+    relaunch = Relaunch.__call__
 
-    def counted(launch: cuda.Relaunch, addresses: Any, stream: streams.WorkStream) -> None:
+    def counted(launch: Relaunch, addresses: Any, stream: streams.WorkStream) -> None:
         again.append(stream.handle)
         relaunch(launch, addresses, stream)
 
-    monkeypatch.setattr(cuda.Relaunch, "__call__", counted)
+    monkeypatch.setattr(Relaunch, "__call__", counted)
     plan = ft.plan_decode(CUT, *LAYOUT, device="cuda")
     given = gpu_arrays(framework, 3, request)
     expected = [plan.run(*each) for each in given]  # without an output: no repeats

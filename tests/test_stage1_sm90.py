@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fasttree_cupy as ft
-from fasttree_cupy.execution import cuda
+from fasttree_cupy.execution import cuda, stages
 from fasttree_cupy.execution.device import gpu_problem
 from tests.reference import dense_attention
 from tests.test_decode import DTYPES
@@ -75,7 +75,7 @@ def test_every_way(name: str, layout: tuple[int, int, int, str], cupy: Any, monk
     for choice in CHOICES:
         with monkeypatch.context() as patch:
             for constant, value in choice.items():
-                patch.setattr(cuda, constant, value)
+                patch.setattr(stages, constant, value)
             assert_close(decode(arrays, metadata, params), expected, host[0].dtype)
 
 
@@ -85,7 +85,7 @@ def test_without_tensor_maps(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None
     arrays = [cupy.asarray(array) for array in host]
     metadata, params = prepared(tree, *LAYOUTS[0][:3])
     expected = decode(arrays, metadata, params)
-    monkeypatch.setattr(cuda, "tensor_maps", lambda *_: None)
+    monkeypatch.setattr(stages, "tensor_maps", lambda *_: None)
     np.testing.assert_array_equal(decode(arrays, metadata, params), expected)
 
 
@@ -94,7 +94,7 @@ def test_stage_2_where_the_driver_cannot_start_it_early(cupy: Any, monkeypatch: 
     arrays = [cupy.asarray(array) for array in arrays_of(tree, *LAYOUTS[0])]
     metadata, params = prepared(tree, *LAYOUTS[0][:3])
     expected = decode(arrays, metadata, params)
-    monkeypatch.setattr(cuda, "launch_dependent", lambda *_: False)
+    monkeypatch.setattr(stages, "launch_dependent", lambda *_: False)
     np.testing.assert_array_equal(decode(arrays, metadata, params), expected)
 
 

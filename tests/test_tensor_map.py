@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fasttree_cupy as ft
-from fasttree_cupy.execution import cuda, tensor_map
+from fasttree_cupy.execution import plan_kernels, tensor_map
 from fasttree_cupy.execution.arrays import ArrayView
 from tests.test_repeat import LAYOUT, TREE, FakeCuda, tensors
 from tests.test_serving import expected, namespace
@@ -188,8 +188,8 @@ def test_bulk_copies_bring_what_other_copies_do(
             placed = cupy.ascontiguousarray(placed.transpose(1, 0, 2)).transpose(1, 0, 2)
         given.append(placed.view(kv_dtype) if kv_dtype else placed)
     outs, bulk = [], []
-    made = cuda.tensor_maps
-    monkeypatch.setattr(cuda, "tensor_maps", lambda *views: bulk.append(made(*views)) or bulk[-1])
+    made = plan_kernels.tensor_maps
+    monkeypatch.setattr(plan_kernels, "tensor_maps", lambda *views: bulk.append(made(*views)) or bulk[-1])
     for encoder in (tensor_map._encoder, lambda: None):
         monkeypatch.setattr(tensor_map, "_encoder", encoder)
         for cache in (tensor_map._tensor_map, tensor_map._pair):

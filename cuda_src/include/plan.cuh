@@ -25,7 +25,7 @@ struct Item {
 };
 static_assert(sizeof(Item) == 48, "as ITEM_FIELDS in subtree.py");
 
-// Mirrored field by field in fasttree_cupy/execution/cuda.py. Strides count elements; the last axis is contiguous.
+// Mirrored field by field in fasttree_cupy/execution/plan_kernels.py. Strides count elements; the last axis is contiguous.
 struct TreeDecodeParams {
     const u16* q;               // [batch, qo_heads, head_dim]
     const KVBits* k;            // [tokens, kv_heads, head_dim]
@@ -50,4 +50,4 @@ struct TreeDecodeParams {
     const float* k_scales;      // [kv_heads]: factors of float8 K; null: sm_scale has it
     const float* v_scales;      // [kv_heads]: factors of float8 V, or null
 };
-static_assert(sizeof(TreeDecodeParams) == 184, "as TREE_DECODE_PARAMS in cuda.py");
+static_assert(sizeof(TreeDecodeParams) == 184, "as TREE_DECODE_PARAMS in plan_kernels.py");

@@ -46,11 +46,11 @@ struct NarrowWarp {
     }
     // Starts the copies of the next chunk, if there is one.
     __device__ __forceinline__ void copy(int chunks) {
-        if (copy_head == end_head) return;
+        if (chunks == 0 || copy_head == end_head) return;
         const int stage = copied % kStages;
         coming.look(p.bulk, lane);
         const u32 keys = shared_address(s.k[warp][stage]), values = shared_address(s.v[warp][stage]);
-        const bool read_once = true;  // few requests see these tokens: hardly another vnode does
+        const bool read_once = p.read_once;
         coming.copy(keys_of(p, copy_head), copy_head, keys, kChunkPanelBytes, s.k_full[warp][stage], lane, read_once);
         coming.copy(values_of(p, copy_head), copy_head, values, kChunkPanelBytes, s.v_full[warp][stage], lane, read_once);
         ++copied;
@@ -61,38 +61,27 @@ struct NarrowWarp {
         coming = chunk(copy_at);
     }
 
+    // Attends 16 rows, head after head. A head's queries are asked for during the last softmax of the one before.
     __device__ __forceinline__ void attend(int first_row) {
         const int chunks = ceil_div(vnode.kv_len, kChunkTokens);
         const VnodeRows own{vnode, first_row + lane / 4};
-        Queries q;
         WarpgroupRows rows(0);
-        rows.reset();
-        if (chunks == 0) {
-            for (; vnode.kv_head < end_head; ++vnode.kv_head) own.write(rows, lane);
-            return;
-        }
-        copy(chunks);
-        copy(chunks);
+        Queries q;
+        for (int i = 0; i < kStages; ++i) copy(chunks);
         own.load(q, lane);
+        for (; vnode.kv_head < end_head; ++vnode.kv_head) {
+            rows.reset();
 #pragma unroll 1
-        for (int i = 0;; ++place) {
-            const bool is_last = ++i == chunks;  // of the head's
-            const int tokens = vnode.kv_len - (i - 1) * kChunkTokens;
-            attend_chunk(rows, q, tokens, [&] {
-                ++vnode.kv_head;
-                if (is_last && vnode.kv_head < end_head) own.load(q, lane);
-                --vnode.kv_head;
-            });
-            __syncwarp();  // nobody reads this place any more
-            copy(chunks);
-            if (!is_last) continue;
+            for (int i = 0; i < chunks; ++i, ++place) {
+                attend_chunk(rows, q, vnode.kv_len - i * kChunkTokens, [&] {
+                    if (i == chunks - 1 && vnode.kv_head + 1 < end_head) own.load(q, lane, 1);
+                });
+                __syncwarp();  // nobody reads this place any more
+                copy(chunks);
+            }
             rows.finish();
             own.write(rows, lane);
-            rows.reset();
-            i = 0;
-            if (++vnode.kv_head == end_head) break;
         }
-        ++place;
     }
 
     // Attends the next chunk. after_scores(): called when its queries are not needed any more.

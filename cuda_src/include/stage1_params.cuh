@@ -2,7 +2,7 @@
 #pragma once
 #include "config.cuh"
 
-// Mirrored field by field in fasttree_cupy/execution/cuda.py. Strides count elements; the last axis is contiguous.
+// Mirrored field by field in fasttree_cupy/execution/stages.py. Strides count elements; the last axis is contiguous.
 struct Stage1Params {
     const u16* q;                    // [batch, qo_heads, head_dim]
     const KVBits* k;                 // [tokens, kv_heads, head_dim]
@@ -27,7 +27,7 @@ struct Stage1Params {
     float v_scale;                   // factor of float8 V where v_scales is null
     int kv_heads;                    // of K and V
 };
-static_assert(sizeof(Stage1Params) == 176, "as STAGE1_PARAMS in cuda.py");
+static_assert(sizeof(Stage1Params) == 176, "as STAGE1_PARAMS in stages.py");
 
 // One vnode seen from one KV head. A row is one query head of one request: row = request * group + head in group.
 struct VnodeView {

@@ -21,16 +21,17 @@ struct Phase {
     int blocks;
 };
 
-// Mirrored field by field in fasttree_cupy/execution/cuda.py.
+// Mirrored field by field in fasttree_cupy/execution/stages.py.
 struct Stage1Sm90Params {
     Stage1Params stage1;     // whose first vnode does not count
     Phase phases[2];
     int stride;              // every stride-th block is of the first phase, until all of them are
+    int read_once;           // whether vnodes of few requests are taken to be all that reads their tokens
     int bulk;                // whether there are tensor maps:
-    int padding[8];
+    int padding[7];
     TensorMap k_map, v_map;  // [tokens, kv_heads, head_dim], boxes of 16 tokens x 1 x 128 bytes
 };
-static_assert(sizeof(Stage1Sm90Params) == 512, "as STAGE1_SM90_PARAMS in cuda.py");
+static_assert(sizeof(Stage1Sm90Params) == 512, "as STAGE1_SM90_PARAMS in stages.py");
 
 // K or V of a vnode's head.
 struct Source {
@@ -95,12 +96,13 @@ struct VnodeRows {
     const VnodeView& vnode;
     int first;
 
-    // As fragments of products; rows past the last are zero.
-    __device__ __forceinline__ void load(Queries& q, int lane) const {
+    // As fragments of products, of the vnode's KV head or one further on; rows past the last are zero.
+    __device__ __forceinline__ void load(Queries& q, int lane, int heads_on = 0) const {
+        const i64 further = heads_on * vnode.p.group * vnode.p.q_stride_head;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const bool valid = first + half * 8 < vnode.num_rows;
-            const u16* from = valid ? vnode.query(first + half * 8) + lane % 4 * 2 : nullptr;
+            const u16* from = valid ? vnode.query(first + half * 8) + further + lane % 4 * 2 : nullptr;
 #pragma unroll
             for (int d = 0; d < kHeadDim / 16; ++d) {
                 q[d][half] = valid ? *reinterpret_cast<const u32*>(from + d * 16) : 0;

@@ -22,7 +22,7 @@ struct alignas(16) WorkItem {
 };
 static_assert(sizeof(WorkItem) == 64, "as ITEM_FIELDS in balanced.py");
 
-// Mirrored field by field in fasttree_cupy/execution/cuda.py. Strides count elements; the last axis is contiguous.
+// Mirrored field by field in fasttree_cupy/execution/plan_kernels.py. Strides count elements; the last axis is contiguous.
 struct WorkParams {
     const u16* q;              // [batch, qo_heads, head_dim]
     const KVBits* k;           // [tokens, kv_heads, head_dim]
@@ -52,4 +52,4 @@ struct WorkParams {
     int bulk;                  // whether there are tensor maps:
     TensorMap k_map, v_map;    // [tokens, kv_heads, head_dim], boxes of 16 tokens x 1 x 128 bytes
 };
-static_assert(sizeof(WorkParams) == 512, "as WORK_PARAMS in cuda.py");
+static_assert(sizeof(WorkParams) == 512, "as WORK_PARAMS in plan_kernels.py");

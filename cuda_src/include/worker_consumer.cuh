@@ -71,7 +71,7 @@ struct Consumer : Output {
     // and thousands that ask for one line keep its part of the L2 cache from everybody else.
     __device__ __forceinline__ void fetch_ahead(const WorkItem& item) const {
         if (item.next >= 0 && threadIdx.x < kWarpSize) prefetch_item(p.items + item.next);
-        if (item.first_request < 0) {
+        if (item.first_request < 0 && threadIdx.x % 4 == 0) {
             prefetch(p.request_order + item.first_position + min(rows.first_row / p.group, item.num_requests - 1));
         }
     }

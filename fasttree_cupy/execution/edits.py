@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fasttree_cupy.execution.cuda import Launch, prepare
 from fasttree_cupy.execution.kernels import edit_config
+from fasttree_cupy.execution.launch import Launch, prepare
 from fasttree_cupy.execution.streams import WorkStream
 
 __all__ = ["EDIT_PLAN_PARAMS", "Edits", "PinnedRing"]
@@ -89,7 +89,7 @@ class Edits:
         buffer = bytearray(EDIT_PLAN_PARAMS.itemsize)
         fields = np.frombuffer(buffer, EDIT_PLAN_PARAMS)
         self._packed, self._count, self._edits = fields["packed"], fields["count"], fields["edits"][0]
-        self._params = np.ndarray((), np.dtype((np.void, len(buffer))), buffer)  # no fields: see `cuda.packed`
+        self._params = np.ndarray((), np.dtype((np.void, len(buffer))), buffer)  # no fields: see `launch.packed`
 
     def edit(self, pointer: int, edits: Int32Array, stream: WorkStream) -> None:
         """Queue a change of some elements.

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from fasttree_cupy.execution import cuda
 from fasttree_cupy.execution.arrays import address_of_alike
+from fasttree_cupy.execution.launch import Relaunch
 from fasttree_cupy.execution.operands import Operands
 from fasttree_cupy.execution.plan_memory import PlanMemory
 
@@ -30,7 +31,7 @@ class Repeat(NamedTuple):
     logit_cap: float
     looks: tuple[AddressOf, AddressOf, AddressOf, AddressOf]
     """See `address_of_alike`: for Q, K, V and O."""
-    launch: cuda.Relaunch
+    launch: Relaunch
 
     @classmethod
     def of(
@@ -38,7 +39,7 @@ class Repeat(NamedTuple):
         operands: Operands,
         given: Sequence[Any],
         memory: PlanMemory,
-        make: Callable[[], cuda.Relaunch],
+        make: Callable[[], Relaunch],
     ) -> Repeat | None:
         """Remember a run.
 

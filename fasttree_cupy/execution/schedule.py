@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fasttree_cupy.execution import cpu, cuda
+from fasttree_cupy.execution import cpu, cuda, plan_kernels, stages
 from fasttree_cupy.execution.arrays import ArrayView, as_numpy
 from fasttree_cupy.execution.kernels import MMA_COMPUTE_CAPABILITY, WORKER_GROUP_ROWS, block_warps, worker_problem
+from fasttree_cupy.execution.launch import Relaunch
 from fasttree_cupy.execution.operands import Operands
 from fasttree_cupy.execution.plan_memory import MemoryNeeds, PlanMemory
 from fasttree_cupy.execution.streams import WorkStream
@@ -32,9 +33,7 @@ class Schedule(Protocol):
     def check(self, q: ArrayView, k: ArrayView, v: ArrayView) -> None:
         """Raise ValueError where this schedule cannot run on the arrays."""
 
-    def run(
-        self, operands: Operands, memory: PlanMemory, stream: WorkStream | None
-    ) -> Callable[[], cuda.Relaunch] | None:
+    def run(self, operands: Operands, memory: PlanMemory, stream: WorkStream | None) -> Callable[[], Relaunch] | None:
         """Decode into ``o`` with the memory that was placed; on a GPU the work is queued on a stream.
 
         Returns what makes a `Relaunch` of it, or None where that is not one launch.
@@ -72,13 +71,13 @@ class BalancedSchedule:
         """Where items, segments and the order of the requests lie."""
         return memory.pointers
 
-    def run(self, operands: Operands, memory: PlanMemory, stream: WorkStream | None) -> Callable[[], cuda.Relaunch]:
+    def run(self, operands: Operands, memory: PlanMemory, stream: WorkStream | None) -> Callable[[], Relaunch]:
         """Queue one launch."""
         if stream is None:
             raise ValueError("stream is None, expected a CUDA stream")
         mid = (memory.mid_o.pointer, memory.mid_lse.pointer)
         lists = (memory.counters.pointer, *self.lists(memory))
-        return cuda.run_workers(operands, mid, lists, self.num_segments, self.row_groups, self.workers, stream)
+        return plan_kernels.run_workers(operands, mid, lists, self.num_segments, self.row_groups, self.workers, stream)
 
 
 def check_rows(q: ArrayView, k: ArrayView, v: ArrayView) -> None:
@@ -126,7 +125,7 @@ class SubtreeSchedule:
         mid = (memory.mid_o.pointer, memory.mid_lse.pointer)
         items, segments, order, requests, entries, offs, lens = memory.pointers
         merge = ((entries, offs, lens), self.num_merges, requests)
-        cuda.run_items(operands, mid, (items, segments, order), self.num_items, self.block_warps, merge, stream)
+        plan_kernels.run_items(operands, mid, (items, segments, order), self.num_items, self.block_warps, merge, stream)
 
 
 class HeuristicSchedule:
@@ -167,4 +166,4 @@ class HeuristicSchedule:
         kernel = cuda.check_kernel(choice, {"q": operands.q, "k": operands.k, "v": operands.v})
         whose = None if self.num_requests is None else (memory.pointers[9], self.num_requests)
         phases = map(Phase, self.offsets, self.nums, self.q_tile_sizes, self.nums.longest_vnodes)
-        cuda.decode(operands, views, list(phases), kernel, stream, whose)
+        stages.decode(operands, views, list(phases), kernel, stream, whose)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from collections.abc import Callable
 
 from .arrays import DTYPES, ArrayView
 from .driver import driver_function
 
-__all__ = ["TENSOR_MAP_BYTES", "tensor_maps"]
+__all__ = ["TENSOR_MAP_BYTES", "map_words", "tensor_maps"]
 
 TENSOR_MAP_BYTES = 128
 """Size of a CUtensorMap."""
+_PAIR = struct.Struct(f"={2 * TENSOR_MAP_BYTES // 8}Q")
+_NO_PAIR = (0,) * (2 * TENSOR_MAP_BYTES // 8)
 BOX_TOKENS = 16
 """Tokens of a copy: kChunkTokens in cuda_src/include/chunk_products.cuh."""
 BOX_BYTES = 128
@@ -52,6 +55,11 @@ def tensor_maps(k: ArrayView, v: ArrayView) -> Callable[[int, int], bytes] | Non
     except _NoTensorMapError:
         return None
     return functools.partial(_pair, k_layout, v_layout)
+
+
+def map_words(maps: Callable[[int, int], bytes] | None, k: ArrayView, v: ArrayView) -> tuple[int, ...]:
+    """What a struct holds of the tensor maps of K and V, zeros where there are none."""
+    return _NO_PAIR if maps is None else _PAIR.unpack(maps(k.pointer, v.pointer))
 
 
 def make_current(device: int) -> None:

@@ -19,7 +19,7 @@ from numba import njit
 
 from fasttree_cupy.planning.dealing import MERGE_TOGETHER, Work, deal
 from fasttree_cupy.planning.machine import WorkerMachine, WorkerRates
-from fasttree_cupy.planning.row_tiles import tile_segments, tile_tokens
+from fasttree_cupy.planning.row_tiles import READ_ONCE, tile_segments, tile_tokens
 from fasttree_cupy.planning.subtree import _Layout, depth_first, lay_out
 from fasttree_cupy.tree import KVTree
 
@@ -41,6 +41,12 @@ GROUP_ROWS = 64
 """Query rows of a warpgroup, as in cuda_src/include/warpgroup_rows.cuh."""
 STEP_TOKENS = {1: 64, 2: 128}
 """Row groups -> tokens of a tile in shared memory, as in kernels.py."""
+READ_ONCE_BYTES = {1: 450e6, 2: 300e6}
+"""Row groups -> bytes of K, V, Q and O up to which what one tile alone reads leaves the L2 cache first.
+
+That keeps what other tiles read where there is little else; where there is more than a few caches full, device memory
+delivers 2 to 4% less so (measured on an H200, whose cache has 63 MB: bench/NOTES.md).
+"""
 MOST_ROW_GROUPS = 2
 """Warpgroups among which a tile's rows may be split."""
 
@@ -64,7 +70,7 @@ class BalancedPlan(NamedTuple):
         Work of one worker on one tile; columns `ITEM_FIELDS`. Worker w begins with item w and goes on with its next.
     segments : int32 (S, 4)
         Runs of tokens: first row of K and V, length, first and end row of the tile that see it, the latter with
-        `READ_ONCE` added where no other tile reads the tokens.
+        `READ_ONCE` added where no other tile reads the tokens and that is worth a hint to the cache.
     request_order : int32 (B,)
         Requests in depth-first order.
     row_groups : int
@@ -165,7 +171,9 @@ def plan_layout(
         candidates.append((*dealt, row_groups))
     estimate, tokens, pieces, row_groups = min(candidates, key=lambda candidate: candidate[0])
     requests, step_tokens = row_groups * GROUP_ROWS // group, STEP_TOKENS[row_groups]
-    bounds, segments, starts = tile_segments(layout, batch, group, requests, row_groups, step_tokens)
+    size = bytes_moved(layout.seqlen.sum(), batch, (group, num_kv_heads, head_dim))
+    mark = READ_ONCE if size <= READ_ONCE_BYTES[row_groups] else 0
+    bounds, segments, starts = tile_segments(layout, batch, group, requests, row_groups, step_tokens, mark)
     items, partials, merges, counters = _items(
         pieces, bounds, segments, starts, tokens, request_order, requests, step_tokens
     )

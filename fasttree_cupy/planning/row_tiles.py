@@ -80,15 +80,16 @@ def is_together(begin: int, end: int, warps: int) -> bool:
 
 @njit(cache=True)
 def tile_segments(
-    layout: _Layout, batch: int, group: int, requests: int, row_groups: int, step_tokens: int
+    layout: _Layout, batch: int, group: int, requests: int, row_groups: int, step_tokens: int, mark: int
 ) -> tuple[Int64Array, Int32Array, Int32Array]:
     """Segments of each tile, ``segments[bounds[i] : bounds[i + 1]]``: columns as of `BalancedPlan.segments`.
 
-    The third array holds the tile's tokens before each of them.
+    The third array holds the tile's tokens before each of them. `mark`, `READ_ONCE` or 0, is added to the end rows of
+    what no other tile reads.
     """
     num_tiles = -(-batch // requests)
     queues = GROUP_WARPS * row_groups + 1  # of a tile: what is seen together, then what begins in each warp's rows
-    ends, runs, room = _queue(layout, num_tiles, batch, group, requests, queues)
+    ends, runs, room = _queue(layout, num_tiles, batch, group, requests, queues, mark)
     segments, starts = np.empty((max(1, room), 4), np.int32), np.empty(max(1, room), np.int32)
     segments[0] = 0  # where no tile has a token
     first, left = np.empty(queues, np.int64), np.empty(queues, np.int64)
@@ -106,7 +107,7 @@ def tile_segments(
 
 @njit(cache=True)
 def _queue(
-    layout: _Layout, num_tiles: int, batch: int, group: int, requests: int, queues: int
+    layout: _Layout, num_tiles: int, batch: int, group: int, requests: int, queues: int, mark: int
 ) -> tuple[Int64Array, Int32Array, int]:
     """Runs of each tile's queues, ancestors first; queue i's end before ``ends[i]``, i = tile * queues + queue.
 
@@ -127,7 +128,7 @@ def _queue(
             if tokens == 0 or layout.begins[node] >= layout.ends[node]:
                 continue
             first_tile, last_tile = tile_of[layout.begins[node]], tile_of[layout.ends[node] - 1]
-            flag = READ_ONCE if first_tile == last_tile else 0
+            read_once = mark if first_tile == last_tile else 0
             for tile in range(first_tile, last_tile + 1):
                 begin, end = _rows(layout, node, tile, group, requests)
                 queue = tile * queues
@@ -138,7 +139,7 @@ def _queue(
                     room += 3 + tokens // CHUNK_TOKENS
                 else:
                     run = runs[ends[queue]]
-                    run[0], run[1], run[2], run[3] = layout.kv_ptrs[node], tokens, begin, end | flag
+                    run[0], run[1], run[2], run[3] = layout.kv_ptrs[node], tokens, begin, end + read_once
                 ends[queue] += 1
     return ends, runs, room
 
