@@ -98,7 +98,7 @@ class WorkerMachine(NamedTuple):
 
 
 H200_WORKERS = WorkerMachine(
-    hbm=4.5e6,
+    hbm=4.4e6,
     start=8.2,
     one_group=WorkerRates(step=0.62, apart_step=0.70, item=1.20),
     two_groups=WorkerRates(step=1.75, apart_step=1.58, item=2.20),
