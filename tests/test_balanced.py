@@ -262,6 +262,23 @@ def test_workers_merge_together_and_need_nobody_to_stay(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("row_groups", [1, 2])
+def test_hints_to_the_cache_change_no_bit(row_groups: int, cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, ROW_GROUPS[row_groups], 132)
+    tree = ft.KVTree.from_levels([1, 3, 90], [300, 90, 21])
+    q, _, _, _, k, v, _ = ft.qkv_preparation(tree, 8, 2, 128, "cuda")
+    results = []
+    for most in (0.0, 1e12):
+        monkeypatch.setattr(balanced, "READ_ONCE_BYTES", {1: most, 2: most})
+        plan = ft.plan_decode(tree, 8, 2, 128, device="cuda")
+        if not isinstance(plan.schedule, BalancedSchedule):
+            pytest.skip("this GPU has no warpgroup products")
+        assert (plan.memory.lists[1].owner[:, 3] >= READ_ONCE).any() == (most > 0)
+        results.append(plan.run(q, k, v).get().view(np.uint16))
+    np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("group", [65, 128])
 def test_groups_up_to_two_warpgroups_rows(group: int, cupy: Any) -> None:
     tree = CUT_TREES[0]

@@ -13,6 +13,7 @@ from fasttree_cupy.execution.edits import EDIT_PLAN_PARAMS
 from fasttree_cupy.execution.kernels import HEAD_DIMS, KernelConfig, all_configs, choose_tile, tiles
 from fasttree_cupy.metadata import Phase
 from fasttree_cupy.planning import balanced
+from fasttree_cupy.planning.row_tiles import READ_ONCE
 from fasttree_cupy.planning.subtree import ITEM_FIELDS, most_warps
 
 HOPPER_SHARED_MEMORY = 227 * 1024
@@ -28,6 +29,7 @@ def test_parameter_structs_have_the_size_that_the_sources_assert() -> None:
     plan = (kernels.cuda_src() / "include" / "plan.cuh").read_text()
     assert f"static_assert(sizeof(TreeDecodeParams) == {plan_kernels.TREE_DECODE_PARAMS.itemsize}" in plan
     assert f"static_assert(sizeof(Item) == {4 * len(ITEM_FIELDS)}" in plan
+    assert f"constexpr int kReadOnce = {READ_ONCE:#x};" in plan
     work = (kernels.cuda_src() / "include" / "work.cuh").read_text()
     assert f"static_assert(sizeof(WorkParams) == {plan_kernels.WORK_PARAMS.itemsize}" in work
     assert f"static_assert(sizeof(WorkItem) == {4 * len(balanced.ITEM_FIELDS)}" in work

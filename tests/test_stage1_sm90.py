@@ -30,7 +30,7 @@ CHOICES = [
     {"STAGE1_SM90_SHORT": 10**6, "STAGE1_SM90_UNITS": 1e-6},  # a warp takes all heads of a vnode of few rows
     {"STAGE1_SM90_SHORT": 10**6, "STAGE1_SM90_UNITS": 10**6, "STAGE1_SM90_SPREAD": 1.0},
     {"STAGE2_FEW": 0, "STAGE1_SM90_SPREAD": 0.0},  # a warp merges several heads
-    {"STAGE2_FEW": 10**6},
+    {"STAGE2_FEW": 10**6, "STAGE1_SM90_READ_ONCE": 0},  # no hints to the cache
 ]
 
 

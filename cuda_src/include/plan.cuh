@@ -9,7 +9,7 @@ struct alignas(16) Segment {
     int row_begin;
     int row_end;  // in tree_decode_sm90's plans plus kReadOnce where nobody else reads these tokens
 };
-constexpr int kReadOnce = 1 << 16;  // READ_ONCE in row_tiles.py
+constexpr int kReadOnce = 0x10000;  // READ_ONCE in row_tiles.py
 
 // One block's work for one KV head: the query rows of consecutive requests (in plan order) against lists of segments.
 // A row is one query head of one request: row = request in item * group + head in group. Row warp w holds the rows
