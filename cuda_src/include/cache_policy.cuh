@@ -2,6 +2,7 @@
 #pragma once
 #include "types.cuh"
 
-// As `createpolicy` makes them for all of a copy's bytes; the values are those of CUTLASS (CacheHintSm90).
+// Values of CUTLASS (CacheHintSm90). `createpolicy` makes the second of evict_first for all bytes. What it makes of
+// evict_normal is another than the first, and slower than no hint (bench/NOTES.md).
 constexpr u64 kNormalPolicy = 0x1000000000000000u;    // as without a hint
 constexpr u64 kReadOncePolicy = 0x12f0000000000000u;  // leaves first: else it would drive out what others read

@@ -68,7 +68,7 @@ struct Consumer : Output {
     }
 
     // Brings near what is needed at the item's end. By one warp and only where there is such an item: threads ask one by one,
-    // and thousands that ask for one line keep its part of the L2 cache from everybody else.
+    // and thousands that ask for one line keep its part of the L2 cache from everybody else. Four lanes share a row.
     __device__ __forceinline__ void fetch_ahead(const WorkItem& item) const {
         if (item.next >= 0 && threadIdx.x < kWarpSize) prefetch_item(p.items + item.next);
         if (item.first_request < 0 && threadIdx.x % 4 == 0) {

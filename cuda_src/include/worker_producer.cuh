@@ -39,7 +39,7 @@ struct SegmentStream {
     }
     // The number of the first token after the held segments.
     __device__ __forceinline__ int end() const { return __shfl_sync(0xffffffffu, held_end, kWarpSize - 1); }
-    // A token's row of K and V less its number, and who sees it.
+    // A token's row of K and V less its number, and who sees it, with kReadOnce << 8 where that is set.
     __device__ __forceinline__ int shift() const { return held.kv_begin - held_begin; }
     __device__ __forceinline__ int visible() const { return held.row_begin | (held.row_end - held.row_begin) << 8; }
 
@@ -115,7 +115,7 @@ struct Producer {
     struct Places {
         int count;                 // tokens; the rest is zero
         u32 boxes;                 // chunks of 16 tokens that may come as boxes: a bit for each
-        u32 read_again;            // lanes with tokens that others read as well
+        u32 read_again;            // lanes whose tokens others read as well, or that have none
         int row[kLaneTokens];
         int visible[kLaneTokens];  // in bytes: the first row that sees the token, how many do, and kReadOnce << 8
     };

@@ -7,14 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .cuda import (
-    MERGING_WARPS,
-    compute_capability,
-    is_aligned,
-    kernel_scales,
-    multiprocessors,
-    pointer_of,
-)
+from .cuda import MERGING_WARPS, compute_capability, is_aligned, kernel_scales, multiprocessors, pointer_of
 from .dependent_launch import launch_dependent
 from .kernels import STAGE1_SM90_ROWS, KernelConfig, MmaTile, choose_tile, worker_problem
 from .launch import Launch, packed, prepare

@@ -162,16 +162,16 @@ def plan_layout(
         1 or 2.
     """
     batch = len(request_order)
+    heads = (group, num_kv_heads, head_dim)
+    size = bytes_moved(layout.seqlen.sum(), batch, heads)
     candidates = []
     least, most = (-(-group // GROUP_ROWS), MOST_ROW_GROUPS) if row_groups is None else (row_groups, row_groups)
     for row_groups in range(least, most + 1):
         rates = machine.one_group if row_groups == 1 else machine.two_groups
-        heads = (group, num_kv_heads, head_dim)
-        dealt = _deal(layout, batch, heads, row_groups, STEP_TOKENS[row_groups], multiprocessors, rates, machine)
+        dealt = _deal(layout, batch, heads, size, row_groups, STEP_TOKENS[row_groups], multiprocessors, rates, machine)
         candidates.append((*dealt, row_groups))
     estimate, tokens, pieces, row_groups = min(candidates, key=lambda candidate: candidate[0])
     requests, step_tokens = row_groups * GROUP_ROWS // group, STEP_TOKENS[row_groups]
-    size = bytes_moved(layout.seqlen.sum(), batch, (group, num_kv_heads, head_dim))
     mark = READ_ONCE if size <= READ_ONCE_BYTES[row_groups] else 0
     bounds, segments, starts = tile_segments(layout, batch, group, requests, row_groups, step_tokens, mark)
     items, partials, merges, counters = _items(
@@ -196,6 +196,7 @@ def _deal(
     layout: _Layout,
     batch: int,
     heads: tuple[int, int, int],
+    size: float,
     row_groups: int,
     step_tokens: int,
     multiprocessors: int,
@@ -209,7 +210,6 @@ def _deal(
     apart = rates.apart_step / rates.step
     step_costs = apart + (1 - apart) * together / np.maximum(tokens, 1)
     work = Work(-(-tokens // step_tokens), step_costs, num_kv_heads, rates.item / step_us)
-    size = bytes_moved(layout.seqlen.sum(), batch, heads)
     estimate, pieces = deal(work, multiprocessors, step_us, size, machine)
     return estimate, tokens, pieces
 
