@@ -16,6 +16,7 @@ from fasttree_cupy.execution.plan_memory import PlanMemory
 from fasttree_cupy.execution.schedule import BalancedSchedule, Schedule
 from fasttree_cupy.execution.turns import Turns
 from fasttree_cupy.integers import host_array, int_vector
+from fasttree_cupy.planning.append_call import REFUSED, TO_PLAN, AppendCall
 from fasttree_cupy.planning.growing import GrowingPlan
 from fasttree_cupy.planning.growing_tree import GrowingTree
 from fasttree_cupy.tree import KVTree
@@ -89,6 +90,7 @@ class Growth:
         self._turns = turns
         self._following = following
         self._made: Schedule | None = following
+        self._append_call: AppendCall | None = None
 
     @property
     def follows(self) -> bool:
@@ -103,6 +105,8 @@ class Growth:
 
     def append(self, rows: Any, requests: Any, stream: Any, memory: PlanMemory, need: Callable[[int], None]) -> None:
         """See `DecodePlan.append`; says how many rows are needed from then on, before any run may read them."""
+        if requests is None and stream is None and self._append_again(rows, memory, need):
+            return
         slots = self.tree.live if requests is None else self._slots(requests, once=True)
         added, most = checked_new_rows(rows, len(slots))
         tokens = self.tree.tokens + added.size
@@ -118,6 +122,38 @@ class Growth:
             return self._following is not None and self._following.plan.append(slots, added)
 
         self._follow(change, stream, memory)
+        if self._append_call is None and self._following is not None and self._device is not None:
+            plan, edits = self._following.plan, self._following.edits.next
+            self._append_call = AppendCall(self.tree, plan, edits, MOST_ROWS)
+
+    def _append_again(self, rows: Any, memory: PlanMemory, need: Callable[[int], None]) -> bool:
+        """Append a token to each live request as before, in one call; False where that cannot be: nothing has changed.
+
+        It can where a run or a change on the default stream came last and this is the same stream, by a thread with the
+        same CUDA context.
+        """
+        call, following = self._append_call, self._following
+        if call is None or following is None or self._device is None:
+            return False
+        if type(rows) is not np.ndarray or rows.shape != call.rows.shape or rows.dtype.char not in "ilq":
+            return False
+        handle = streams.current_stream(self.framework, self._device)
+        with self._turns.lock:
+            if handle != memory.home or not self._turns.has_none(handle):
+                return False
+            if not following.edits.can_edit_again(memory.pointers[0]):
+                return False
+            call.rows[:] = rows
+            edits, highest = call()
+            if edits == REFUSED:
+                return False
+            need(highest + 1)
+            if edits != TO_PLAN:
+                following.edits.edit_again(edits, following.plan.state.edits, handle)
+            else:
+                following.plan.plan_anew()
+                following.follow(False, memory, streams.WorkStream.of(None, self.framework, self._device))
+        return True
 
     def fork(self, requests: Any, stream: Any, memory: PlanMemory) -> Int32Array:
         """See `DecodePlan.fork`."""
@@ -131,6 +167,7 @@ class Growth:
         made = np.empty(len(parents), np.int32)
 
         def change() -> bool:
+            self._append_call = None
             made[:] = self.tree.fork(parents)
             return self._following is not None and self._following.plan.fork(parents, made)
 
@@ -144,6 +181,7 @@ class Growth:
             raise ValueError(f"requests names all {len(slots)} live requests, expected one at least to stay")
 
         def change() -> bool:
+            self._append_call = None
             self.tree.finish(slots)
             return self._following is not None and self._following.plan.finish(slots)
 

@@ -138,9 +138,9 @@ def test_drift_is_cut_away() -> None:
     """Without a new plan the busiest worker has no more to do than with one, but for what whole steps leave."""
     growing_tree, plan, planned = append_a_token_a_step(ft.KVTree.from_levels([1, 16, 64], [1024, 256, 32]), 64, 100)
     assert planned == []
-    growing_passes._weigh(plan._state)
+    growing_passes._weigh(plan.state)
     anew = GrowingPlan(growing_tree, 4, 8, 128, 132, H200_WORKERS)
-    assert plan._state.loads.max() <= anew._state.loads.max() + 2
+    assert plan.state.loads.max() <= anew.state.loads.max() + 2
 
 
 def test_cuts_are_at_whole_steps() -> None:
@@ -149,7 +149,7 @@ def test_cuts_are_at_whole_steps() -> None:
     growing_tree = GrowingTree(tree, np.arange(tree.unique_tokens, dtype=np.int32), ft.Capacity(3, 2000))
     with mock.patch.object(growing, "PLAN_US", 1e9), mock.patch.object(growing, "CUT_US", 0.1):
         plan = GrowingPlan(growing_tree, 4, 8, 128, 132, H200_WORKERS)
-    state, cuts = plan._state, set()
+    state, cuts = plan.state, set()
     for step in range(200):
         new = (1000 + 200 * np.arange(3) + step).astype(np.int32)[:, None]
         growing_tree.append(growing_tree.live, new)
@@ -211,11 +211,11 @@ def test_what_workers_have_to_do_follows_the_changes() -> None:
     finished = np.arange(3, 9, dtype=np.int32)
     growing_tree.finish(finished)
     assert plan.finish(finished)
-    loads = plan._state.loads.copy()
-    growing_passes._weigh(plan._state)
-    used = plan._state.numbers[growing_passes._USED_PIECES]
-    pieces = np.bincount(plan._state.pieces[:used, growing_passes._WORKER], minlength=len(loads))
-    assert (np.abs(loads - plan._state.loads) <= pieces).all()
+    loads = plan.state.loads.copy()
+    growing_passes._weigh(plan.state)
+    used = plan.state.numbers[growing_passes._USED_PIECES]
+    pieces = np.bincount(plan.state.pieces[:used, growing_passes._WORKER], minlength=len(loads))
+    assert (np.abs(loads - plan.state.loads) <= pieces).all()
 
 
 def test_a_capacity_too_large_for_int32_is_refused() -> None:

@@ -394,7 +394,7 @@ def test_many_edits_are_several_launches() -> None:
     wanted = np.arange(2 * 1100, dtype=np.int32).reshape(-1, 2)
     launch.block = (128, 1, 1)  # type: ignore[attr-defined]
     stream = SimpleNamespace(device=0, launches=nullcontext)
-    with mock.patch.multiple(edits, edit_launch=lambda _: launch, PinnedRing=mock.DEFAULT):
+    with mock.patch.multiple(edits, edit_launch=lambda _: launch, PinnedRing=mock.DEFAULT, LaunchAgain=mock.DEFAULT):
         changes = edits.Edits()
         changes.edit(0x1000, wanted[:0], stream)
         assert not seen

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fasttree_cupy.execution.kernels import edit_config
-from fasttree_cupy.execution.launch import Launch, prepare
+from fasttree_cupy.execution.launch import POINTER_BYTES, Launch, LaunchAgain, prepare
 from fasttree_cupy.execution.streams import WorkStream
 
 __all__ = ["EDIT_PLAN_PARAMS", "Edits", "PinnedRing"]
@@ -82,14 +82,24 @@ def _wait_for(events: list[Any]) -> None:
 
 
 class Edits:
-    """Changes of an int32 array on a GPU, each queued on a stream."""
+    """Changes of an int32 array on a GPU, each queued on a stream.
+
+    Attributes
+    ----------
+    next : int32 (EDITS_A_LAUNCH, 2)
+        Where the first edits of `edit_again` lie: index and new value of each element.
+    """
 
     def __init__(self) -> None:
         self._copies = PinnedRing(COPY_BUFFERS)
-        buffer = bytearray(EDIT_PLAN_PARAMS.itemsize)
-        fields = np.frombuffer(buffer, EDIT_PLAN_PARAMS)
-        self._packed, self._count, self._edits = fields["packed"], fields["count"], fields["edits"][0]
-        self._params = np.ndarray((), np.dtype((np.void, len(buffer))), buffer)  # no fields: see `launch.packed`
+        self._parameters = bytearray(POINTER_BYTES + EDIT_PLAN_PARAMS.itemsize)
+        fields = np.frombuffer(self._parameters, EDIT_PLAN_PARAMS, offset=POINTER_BYTES)
+        self._packed, self._count, self.next = fields["packed"], fields["count"], fields["edits"][0]
+        # Without fields: see `launch.packed`.
+        plain = np.dtype((np.void, EDIT_PLAN_PARAMS.itemsize))
+        self._params = np.ndarray((), plain, self._parameters, POINTER_BYTES)
+        self._edited = 0
+        self._again: LaunchAgain | None = None
 
     def edit(self, pointer: int, edits: Int32Array, stream: WorkStream) -> None:
         """Queue a change of some elements.
@@ -106,13 +116,30 @@ class Edits:
         if len(edits) == 0:
             return
         launch = edit_launch(stream.device)
-        self._packed[0] = pointer
+        self._packed[0] = self._edited = pointer
         with stream.launches():
             for first in range(0, len(edits), EDITS_A_LAUNCH):
                 part = edits[first : first + EDITS_A_LAUNCH]
                 self._count[0] = len(part)
-                self._edits[: len(part)] = part
+                self.next[: len(part)] = part
                 launch((-(-len(part) // launch.block[0]), 1, 1), self._params)
+        if self._again is None:
+            self._again = LaunchAgain(launch, (-(-EDITS_A_LAUNCH // launch.block[0]), 1, 1), self._parameters)
+
+    def can_edit_again(self, pointer: int) -> bool:
+        """Whether the array at `pointer` is the one that was last edited, and the calling thread can `edit_again`."""
+        return self._again is not None and self._edited == pointer and self._again.is_possible()
+
+    def edit_again(self, count: int, edits: Int32Array, stream: int) -> None:
+        """Queue the first `count` of `edits`, of which `next` has what fits, on a stream given by its handle."""
+        if self._again is None:
+            raise RuntimeError("edit_again does again what edit has done, expected it to have done something")
+        for first in range(0, count, EDITS_A_LAUNCH):
+            taken = min(EDITS_A_LAUNCH, count - first)
+            if first > 0:
+                self.next[:taken] = edits[first : first + taken]
+            self._count[0] = taken
+            self._again.launch(stream)
 
     def replace(self, pointer: int, values: Int32Array, stream: WorkStream) -> None:
         """Queue a copy of `values` to the beginning of the array at `pointer`."""

@@ -17,14 +17,21 @@ __all__ = ["GrowingSchedule"]
 
 
 class GrowingSchedule(BalancedSchedule):
-    """Needs memory for all that the plan may become: what a launch is given never changes."""
+    """Needs memory for all that the plan may become: what a launch is given never changes.
+
+    Attributes
+    ----------
+    plan : GrowingPlan
+    edits : Edits
+        Of the plan's arrays on the GPU.
+    """
 
     def __init__(self, plan: GrowingPlan, head_dim: int, device: str) -> None:
         self.plan = plan
         self.row_groups, self.workers, self.num_segments = plan.row_groups, plan.workers, plan.sizes.segments
         mid_shape = (plan.sizes.partials, plan.row_groups * WORKER_GROUP_ROWS, head_dim)
         self.needs = MemoryNeeds((plan.packed,), mid_shape, device, plan.sizes.counters, lambda: plan.used)
-        self._edits = Edits()
+        self.edits = Edits()
 
     def __str__(self) -> str:
         made = self.plan.made
@@ -41,7 +48,7 @@ class GrowingSchedule(BalancedSchedule):
     def follow(self, fits: bool, memory: PlanMemory, stream: WorkStream) -> None:
         """Queue the plan's last change: edits where these `fits`, else all of it, with counters of 0."""
         if fits:
-            self._edits.edit(memory.pointers[0], self.plan.edits, stream)
+            self.edits.edit(memory.pointers[0], self.plan.edits, stream)
         else:
-            self._edits.replace(memory.pointers[0], self.plan.packed[: self.plan.used], stream)
+            self.edits.replace(memory.pointers[0], self.plan.packed[: self.plan.used], stream)
             clear(memory.counters, stream)

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
     from .streams import WorkStream
 
-__all__ = ["Launch", "Relaunch", "packed", "prepare"]
+__all__ = ["POINTER_BYTES", "Launch", "LaunchAgain", "Relaunch", "packed", "prepare"]
 
-POINTER = struct.Struct("=Q")
-OPERAND_ADDRESSES = struct.Struct("=4Q")
+_POINTER = struct.Struct("=Q")
+POINTER_BYTES = _POINTER.size
+_OPERAND_ADDRESSES = struct.Struct("=4Q")
 """Those of Q, K, V and O, with which the struct of a `Relaunch` begins."""
 
 
@@ -35,29 +36,31 @@ class Launch(NamedTuple):
         self.kernel(grid, self.block, (params,), shared_mem=self.shared_bytes)
 
 
-class Relaunch:
-    """A launch that was done, to be done again with other addresses of Q, K, V and O, with which its struct begins.
-
-    It ends with the tensor maps of K and V, which `maps` gives for their addresses where there are any.
+class LaunchAgain:
+    """A launch to be done again and again, with a struct of parameters that its owner changes in place.
 
     `Launch` asks for the device, its kernel, the stream and the type of the parameters each time. Here these stay, and
     the struct too: the caller lets no two threads in at once.
+
+    Parameters
+    ----------
+    launch, grid
+        The kernel, and its blocks.
+    parameters : bytearray
+        `POINTER_BYTES` bytes, which are filled here, and behind them the struct.
     """
 
-    __slots__ = ("_context", "_current_context", "_function", "_launch", "_maps", "_parameters", "_parameters_at")
+    __slots__ = ("_context", "_current_context", "_function", "_launch", "_parameters", "_parameters_at")
 
-    def __init__(
-        self, launch: Launch, grid: tuple[int, int, int], params: Any, maps: Callable[[int, int], bytes] | None
-    ) -> None:
+    def __init__(self, launch: Launch, grid: tuple[int, int, int], parameters: bytearray) -> None:
         from cupy.cuda import driver
 
         self._current_context = driver.ctxGetCurrent
         self._context = driver.ctxGetCurrent()
         # What cuLaunchKernel takes: a pointer to each parameter. There is one, and it lies right behind its pointer.
-        self._parameters = bytearray(POINTER.size) + params.tobytes()
-        self._parameters_at = np.frombuffer(self._parameters, np.uint8).ctypes.data
-        POINTER.pack_into(self._parameters, 0, self._parameters_at + POINTER.size)
-        self._maps = maps
+        self._parameters = parameters
+        self._parameters_at = np.frombuffer(parameters, np.uint8).ctypes.data
+        _POINTER.pack_into(parameters, 0, self._parameters_at + POINTER_BYTES)
         self._function = launch.kernel.kernel  # keeps its module loaded
         self._launch = functools.partial(
             driver.launchKernel, self._function.ptr, *grid, *launch.block, launch.shared_bytes
@@ -67,9 +70,28 @@ class Relaunch:
         """Whether the calling thread's CUDA context is the launch's, and so its device; a new thread has none yet."""
         return self._current_context() == self._context  # type: ignore[no-any-return]
 
+    def launch(self, stream: int) -> None:
+        """Launch on a stream, given by its handle."""
+        self._launch(stream, self._parameters_at, 0)
+
+
+class Relaunch(LaunchAgain):
+    """A launch that was done, to be done again with other addresses of Q, K, V and O, with which its struct begins.
+
+    It ends with the tensor maps of K and V, which `maps` gives for their addresses where there are any.
+    """
+
+    __slots__ = ("_maps",)
+
+    def __init__(
+        self, launch: Launch, grid: tuple[int, int, int], params: Any, maps: Callable[[int, int], bytes] | None
+    ) -> None:
+        super().__init__(launch, grid, bytearray(POINTER_BYTES) + params.tobytes())
+        self._maps = maps
+
     def __call__(self, addresses: Sequence[int], stream: WorkStream) -> None:
         """Launch on a stream."""
-        OPERAND_ADDRESSES.pack_into(self._parameters, POINTER.size, *addresses)
+        _OPERAND_ADDRESSES.pack_into(self._parameters, POINTER_BYTES, *addresses)
         if self._maps is not None:
             self._parameters[-2 * TENSOR_MAP_BYTES :] = self._maps(addresses[1], addresses[2])
         self._launch(stream.handle, self._parameters_at, 0)

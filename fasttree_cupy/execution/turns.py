@@ -33,6 +33,10 @@ class Turns:
         self._last: Any = None  # the event behind the last run
         self._on_default = False  # or that run was on the default stream, and there is no event yet
 
+    def has_none(self, stream: int) -> bool:
+        """Whether work on a stream, given by its handle, has nothing to wait for and nothing to leave behind."""
+        return self._on_default and stream == DEFAULT_STREAM
+
     def wait(self, stream: WorkStream) -> None:
         """Make `stream` wait for the last run."""
         if (self._on_default and stream.is_default) or stream.is_capturing:

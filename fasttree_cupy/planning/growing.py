@@ -121,6 +121,8 @@ class GrowingPlan:
         Elements of `packed` up to which it means anything.
     made : BalancedPlan
         What the planner last made.
+    state : PlanState
+        Its arrays, which stay where they are, `packed` among them.
     """
 
     def __init__(
@@ -142,7 +144,7 @@ class GrowingPlan:
         self.sizes = sizes(tree.capacity, requests, num_kv_heads, workers, self.row_groups)
         rates = machine.one_group if self.row_groups == 1 else machine.two_groups
         step_us = rates.step * head_dim / 128
-        self._state = passes.make_state(
+        self.state = passes.make_state(
             (self.sizes.total, *self.sizes[:3]),
             tree.capacity.requests,
             self.sizes.tiles,
@@ -150,41 +152,41 @@ class GrowingPlan:
             (group, num_kv_heads, requests, STEP_TOKENS[self.row_groups]),
             (step_us, rates.item / step_us, rates.apart_step / rates.step, PLAN_US, CUT_US),
         )
-        self.packed = self._state.packed
+        self.packed = self.state.packed
         self._spread()
 
-    def _plan(self) -> None:
+    def plan_anew(self) -> None:
         """Plan the tree anew."""
         self.made = self._planned(*self.tree.layout(), row_groups=self.row_groups)
         self._spread()
 
     def _spread(self) -> None:
         made = self.made
-        passes.spread(self._state, made.items, made.segments, made.request_order, made.workers)
+        passes.spread(self.state, made.items, made.segments, made.request_order, made.workers)
 
     @property
     def used(self) -> int:
         """Elements of `packed` up to which it means anything."""
-        return self.sizes.segments_at + 4 * passes.used_segments(self._state)
+        return self.sizes.segments_at + 4 * passes.used_segments(self.state)
 
     @property
     def edits(self) -> Int32Array:
         """What the last change has edited, (n, 2): the index in `packed` and the value, no index twice."""
-        return passes.edits_made(self._state)
+        return passes.edits_made(self.state)
 
     def append(self, slots: Int32Array, rows: Int32Array) -> bool:
         """Follow `GrowingTree.append`; returns whether edits were enough, else all of `packed` is new."""
-        return self._done(passes.append(self._state, slots, rows))
+        return self._done(passes.append(self.state, slots, rows))
 
     def fork(self, parents: Int32Array, slots: Int32Array) -> bool:
         """Follow `GrowingTree.fork`, which gave the children `slots`; returns as `append` does."""
-        return self._done(passes.fork(self._state, parents, slots))
+        return self._done(passes.fork(self.state, parents, slots))
 
     def finish(self, slots: Int32Array) -> bool:
         """Follow `GrowingTree.finish`; returns as `append` does."""
-        return self._done(passes.finish(self._state, slots))
+        return self._done(passes.finish(self.state, slots))
 
     def _done(self, fits: bool) -> bool:
         if not fits:
-            self._plan()
+            self.plan_anew()
         return fits

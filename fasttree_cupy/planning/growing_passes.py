@@ -17,6 +17,7 @@ __all__ = [
     "SLACK",
     "PlanState",
     "append",
+    "append_and_count",
     "edits_made",
     "finish",
     "fork",
@@ -253,29 +254,33 @@ def _spread_segments(s: PlanState, segments: Int32Array) -> None:
     n[_USED_SEGMENTS] = free
 
 
-@njit(cache=True, inline="always")
-def _token_cost(s: PlanState, tile: int, first_row: int, end_row: int) -> float:
-    """What a token costs which these rows of a tile see, one that most rows see costing 1."""
+@njit(cache=True)
+def _tile_warps(s: PlanState, tile: int) -> int:
+    """Warps that a tile's rows take."""
     n = s.numbers
     rows = min(n[_REQUESTS], n[_USED_POSITIONS] - s.tiles[tile, _FIRST]) * n[_GROUP]
-    return 1.0 if is_together(first_row, end_row, -(-rows // WARP_ROWS)) else s.costs[_APART]
+    return int(-(-rows // WARP_ROWS))
 
 
 @njit(cache=True)
 def _token_steps(s: PlanState, tile: int, first_row: int, end_row: int) -> float:
-    """The same in steps."""
-    return float(_token_cost(s, tile, first_row, end_row) / s.numbers[_STEP_TOKENS])
+    """What a token costs which these rows of a tile see, in steps of tokens that most rows see."""
+    cost = 1.0 if is_together(first_row, end_row, _tile_warps(s, tile)) else s.costs[_APART]
+    return float(cost / s.numbers[_STEP_TOKENS])
 
 
 @njit(cache=True)
 def _step_cost(s: PlanState, tile: int) -> float:
-    """Mean cost of a step of a tile's tokens."""
-    tokens, cost = 0, 0.0
+    """Mean cost of a step of a tile's tokens, one that most rows see costing 1."""
+    packed, first, warps = s.packed, s.numbers[_SEGMENTS_AT], _tile_warps(s, tile)
+    together, apart = 0, 0
     for segment in range(s.tiles[tile, _BEGIN], s.tiles[tile, _END]):
-        _, count, first_row, end_row = _segment(s, segment)
-        tokens += count
-        cost += count * _token_cost(s, tile, first_row, end_row)
-    return cost / max(1, tokens)
+        at = first + 4 * segment
+        if is_together(packed[at + 2], packed[at + 3] % READ_ONCE, warps):
+            together += packed[at + 1]
+        else:
+            apart += packed[at + 1]
+    return float(together + apart * s.costs[_APART]) / max(1, together + apart)
 
 
 @njit(cache=True)
@@ -336,6 +341,12 @@ def append(s: PlanState, slots: Int32Array, rows: Int32Array) -> bool:
             s.slots[slot, _NEXT_ROW] = rows[i, j] + 1
     _lengthen(s)
     return _ends_well(s)
+
+
+@njit(cache=True)
+def append_and_count(s: PlanState, slots: Int32Array, rows: Int32Array) -> int:
+    """Add new tokens as `append` does; returns how many elements that edits, -1 where the tree must be planned anew."""
+    return int(s.numbers[_EDITS]) if append(s, slots, rows) else -1
 
 
 @njit(cache=True)

@@ -16,7 +16,7 @@ from fasttree_cupy.capacity import Capacity
 from fasttree_cupy.planning.subtree import _Layout
 from fasttree_cupy.tree import KVTree
 
-__all__ = ["GrowingTree"]
+__all__ = ["GrowingTree", "TreeNodes", "append_if_room"]
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -37,6 +37,8 @@ class GrowingTree:
     Attributes
     ----------
     capacity : Capacity
+    nodes : TreeNodes
+        Its arrays, which stay where they are.
     tokens : int
         Tokens held, each counted once.
     live : int32 (B,)
@@ -46,7 +48,7 @@ class GrowingTree:
     def __init__(self, tree: KVTree, kv_indices: Int32Array, capacity: Capacity) -> None:
         self.capacity = capacity
         nodes, runs = tree.num_nodes + capacity.tokens, max(1, capacity.tokens)
-        self._nodes = _Nodes(
+        self.nodes = TreeNodes(
             parent=np.empty(nodes, np.int32),
             tokens=np.empty(nodes, np.int32),
             ends=np.empty(nodes, np.int32),
@@ -59,32 +61,32 @@ class GrowingTree:
             slot_node=np.full(capacity.requests, -1, np.int32),
             numbers=np.array([-1, tree.num_nodes, -1, 0, 0, tree.breadth_first[0]], np.int64),
         )
-        _load(self._nodes, tree.parent, tree.num_children, tree.kv_ptrs, tree.request_node, kv_indices)
+        _load(self.nodes, tree.parent, tree.num_children, tree.kv_ptrs, tree.request_node, kv_indices)
         self._find_live()
 
     @property
     def tokens(self) -> int:
         """Tokens held, each counted once."""
-        return int(self._nodes.numbers[_TOKENS])
+        return int(self.nodes.numbers[_TOKENS])
 
     def _find_live(self) -> None:
-        self.live = np.flatnonzero(self._nodes.slot_node >= 0).astype(np.int32)
+        self.live = np.flatnonzero(self.nodes.slot_node >= 0).astype(np.int32)
         self.live.flags.writeable = False
 
     def append(self, slots: Int32Array, rows: Int32Array) -> None:
         """Add tokens in `rows` (len(slots), n) to the ends of the paths of different live requests."""
-        _append(self._nodes, slots, rows)
+        _append(self.nodes, slots, rows)
 
     def fork(self, parents: Int32Array) -> Int32Array:
         """Give each of `parents`, live slots, one more request that shares its tokens so far; returns their slots."""
-        slots = np.flatnonzero(self._nodes.slot_node < 0)[: len(parents)].astype(np.int32)
-        _fork(self._nodes, parents, slots)
+        slots = np.flatnonzero(self.nodes.slot_node < 0)[: len(parents)].astype(np.int32)
+        _fork(self.nodes, parents, slots)
         self._find_live()
         return slots
 
     def finish(self, slots: Int32Array) -> None:
         """Take live requests away, and the tokens that no other has."""
-        _finish(self._nodes, slots)
+        _finish(self.nodes, slots)
         self._find_live()
 
     def snapshot(self) -> tuple[KVTree, Int32Array]:
@@ -92,19 +94,19 @@ class GrowingTree:
 
         A node that one other alone continues is one with it.
         """
-        parent, seqlen, request_node, rows = _snapshot(self._nodes, self.live, self.tokens)
+        parent, seqlen, request_node, rows = _snapshot(self.nodes, self.live, self.tokens)
         return KVTree(parent, seqlen, request_node), rows
 
     def layout(self) -> tuple[_Layout, Int32Array]:
         """What `balanced.plan_layout` takes: runs of rows, and the slots in depth-first order."""
-        order, *runs = _layout(self._nodes, self.live)
+        order, *runs = _layout(self.nodes, self.live)
         return _Layout(np.arange(len(runs[0]), dtype=np.int32), *runs), order
 
 
 # Compiled passes.
 
 
-class _Nodes(NamedTuple):
+class TreeNodes(NamedTuple):
     """Arrays of the tree.
 
     Of each node: its parent, or, where the node is free, the next free one; its tokens, -1 where it is free; how many
@@ -149,7 +151,7 @@ def _give_back(numbers: Int64Array, first: int, links: Int32Array, place: int) -
 
 
 @njit(cache=True)
-def _set_node(nodes: _Nodes, node: int, parent: int) -> None:
+def _set_node(nodes: TreeNodes, node: int, parent: int) -> None:
     nodes.parent[node] = parent
     nodes.tokens[node] = 0
     nodes.ends[node] = 0
@@ -159,7 +161,7 @@ def _set_node(nodes: _Nodes, node: int, parent: int) -> None:
 
 
 @njit(cache=True, inline="always")
-def _begin_run(nodes: _Nodes, node: int, row: int) -> None:
+def _begin_run(nodes: TreeNodes, node: int, row: int) -> None:
     """Add a run of one token."""
     run = _take(nodes.numbers, _FREE_RUN, nodes.run_next)
     nodes.run_row[run] = row
@@ -174,7 +176,7 @@ def _begin_run(nodes: _Nodes, node: int, row: int) -> None:
 
 @njit(cache=True)
 def _load(
-    nodes: _Nodes,
+    nodes: TreeNodes,
     parent: Int32Array,
     num_children: Int32Array,
     kv_ptrs: Int64Array,
@@ -197,7 +199,7 @@ def _load(
 
 
 @njit(cache=True)
-def _append(nodes: _Nodes, slots: Int32Array, rows: Int32Array) -> None:
+def _append(nodes: TreeNodes, slots: Int32Array, rows: Int32Array) -> None:
     if rows.shape[1] == 0:
         return
     for i in range(len(slots)):
@@ -221,7 +223,16 @@ def _append(nodes: _Nodes, slots: Int32Array, rows: Int32Array) -> None:
 
 
 @njit(cache=True)
-def _fork(nodes: _Nodes, parents: Int32Array, slots: Int32Array) -> None:
+def append_if_room(nodes: TreeNodes, slots: Int32Array, rows: Int32Array, most_tokens: int) -> bool:
+    """Add tokens as `GrowingTree.append` does; False, and nothing else, where they would be more than `most_tokens`."""
+    if nodes.numbers[_TOKENS] + rows.size > most_tokens:
+        return False
+    _append(nodes, slots, rows)
+    return True
+
+
+@njit(cache=True)
+def _fork(nodes: TreeNodes, parents: Int32Array, slots: Int32Array) -> None:
     for i in range(len(parents)):
         node = nodes.slot_node[parents[i]]
         nodes.slot_node[slots[i]] = node
@@ -229,7 +240,7 @@ def _fork(nodes: _Nodes, parents: Int32Array, slots: Int32Array) -> None:
 
 
 @njit(cache=True)
-def _finish(nodes: _Nodes, slots: Int32Array) -> None:
+def _finish(nodes: TreeNodes, slots: Int32Array) -> None:
     for slot in slots:
         node = nodes.slot_node[slot]
         nodes.slot_node[slot] = -1
@@ -249,7 +260,7 @@ def _finish(nodes: _Nodes, slots: Int32Array) -> None:
 
 
 @njit(cache=True)
-def _depth_first(nodes: _Nodes) -> Int32Array:
+def _depth_first(nodes: TreeNodes) -> Int32Array:
     """The nodes, each before its children."""
     used, root = nodes.numbers[_USED_NODES], nodes.numbers[_ROOT]
     child, sibling = np.full(used, -1, np.int32), np.full(used, -1, np.int32)
@@ -277,7 +288,7 @@ def _depth_first(nodes: _Nodes) -> Int32Array:
 
 
 @njit(cache=True)
-def _continues(nodes: _Nodes, node: int) -> bool:
+def _continues(nodes: TreeNodes, node: int) -> bool:
     """Whether a node is the only way on from its parent, so that the two could be one."""
     parent = nodes.parent[node]
     return bool(parent >= 0 and nodes.ends[parent] == 0 and nodes.children[parent] == 1)
@@ -285,7 +296,7 @@ def _continues(nodes: _Nodes, node: int) -> bool:
 
 @njit(cache=True)
 def _snapshot(
-    nodes: _Nodes, live: Int32Array, num_tokens: int
+    nodes: TreeNodes, live: Int32Array, num_tokens: int
 ) -> tuple[Int32Array, Int64Array, Int32Array, Int32Array]:
     """Parents, tokens, the requests' last nodes, rows."""
     order = _depth_first(nodes)
@@ -315,7 +326,7 @@ def _snapshot(
 
 
 @njit(cache=True)
-def _layout(nodes: _Nodes, live: Int32Array) -> tuple[Int32Array, Int64Array, Int64Array, Int64Array, Int64Array]:
+def _layout(nodes: TreeNodes, live: Int32Array) -> tuple[Int32Array, Int64Array, Int64Array, Int64Array, Int64Array]:
     """Slots in depth-first order; of each run its tokens, its first row, and who has it, as positions in that order."""
     order = _depth_first(nodes)
     used = nodes.numbers[_USED_NODES]
