@@ -32,8 +32,8 @@ __device__ __forceinline__ void chunk_scores(float (&s)[8], const LoadQueries& l
         u32 q[4], k[4];
         load_queries(q, d);
         load_matrices(k, (keys ^ d % 4 * 32) + d / 4 * key_panel_bytes);
-        Mma<Element>::add(sums[d % 2][0], q, k[0], k[1]);
-        Mma<Element>::add(sums[d % 2][1], q, k[2], k[3]);
+        Mma<ProductElement>::add(sums[d % 2][0], q, k[0], k[1]);
+        Mma<ProductElement>::add(sums[d % 2][1], q, k[2], k[3]);
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) s[i] = sums[0][i / 4][i % 4] + sums[1][i / 4][i % 4];
@@ -49,7 +49,7 @@ __device__ __forceinline__ void load_chunk_values(ChunkValues& v, u32 values, in
 __device__ __forceinline__ void add_chunk_values(float (&o)[kHeadDim / 2], const u32 (&weights)[4], const ChunkValues& v) {
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
-        Mma<ValueElement>::add(reinterpret_cast<float(&)[4]>(o[8 * d]), weights, v[d][0], v[d][1]);
-        Mma<ValueElement>::add(reinterpret_cast<float(&)[4]>(o[8 * d + 4]), weights, v[d][2], v[d][3]);
+        Mma<ProductElement>::add(reinterpret_cast<float(&)[4]>(o[8 * d]), weights, v[d][0], v[d][1]);
+        Mma<ProductElement>::add(reinterpret_cast<float(&)[4]>(o[8 * d + 4]), weights, v[d][2], v[d][3]);
     }
 }

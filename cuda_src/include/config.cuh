@@ -9,11 +9,11 @@
 using Element = FT_ELEMENT;
 #if defined(FT_KV_ELEMENT)
 using KVElement = FT_KV_ELEMENT;  // Float8E4M3 or Float8E5M2
-// What the values of tree_decode_sm90, and their weights, are multiplied as. Float8 is float16 in one instruction.
-using ValueElement = Float16;
+// What tree_decode_sm90 multiplies: queries and keys, weights and values. Float8 is float16 in one instruction.
+using ProductElement = Float16;
 #else
 using KVElement = Element;
-using ValueElement = Element;
+using ProductElement = Element;
 #endif
 using KVBits = KVElement::Bits;
 constexpr bool kFloat8 = sizeof(KVBits) == 1;

@@ -22,6 +22,7 @@ __device__ constexpr int max_of(int a, int b) { return a > b ? a : b; }
 // IEEE binary16, stored as its 16 bits.
 struct Float16 {
     using Bits = u16;
+    static constexpr bool kIsFloat16 = true;
     static __device__ __forceinline__ float to_float(u16 bits) {
         float value;
         asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
@@ -46,6 +47,7 @@ struct Float16 {
 // bfloat16: the upper half of a binary32. Integer arithmetic, because sm_70 and sm_75 have no conversion.
 struct BFloat16 {
     using Bits = u16;
+    static constexpr bool kIsFloat16 = false;
     static __device__ __forceinline__ float to_float(u16 bits) { return __uint_as_float(u32(bits) << 16); }
     static __device__ __forceinline__ u16 from_float(float value) {
         const u32 bits = __float_as_uint(value);
@@ -57,6 +59,14 @@ struct BFloat16 {
         u32 bits;
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
         return bits;
+    }
+    // A pair as two float16, the largest where they hold no more: exact from 2^-14 on, to 2^-25 below.
+    static __device__ __forceinline__ u32 to_halves(u32 pair) {
+        u32 halves;
+        asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;"
+            : "=r"(halves)
+            : "f"(__uint_as_float(pair & 0xffff0000u)), "f"(__uint_as_float(pair << 16)));
+        return halves;
     }
     static __device__ __forceinline__ u32 from_halves(u32 halves) {
         return pack(Float16::to_float(u16(halves)), Float16::to_float(u16(halves >> 16)));

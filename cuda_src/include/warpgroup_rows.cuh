@@ -41,7 +41,7 @@ struct WarpgroupRows {
 #pragma unroll
         for (int d = 0; d < kHeadDim / 16; ++d) {
             const int step = d % 4 * 32;
-            Wgmma<Element>::multiply(s, queries.at(d / 4 * q_panel_bytes + step), keys.at(d / 4 * kPanelBytes + step),
+            Wgmma<ProductElement>::multiply(s, queries.at(d / 4 * q_panel_bytes + step), keys.at(d / 4 * kPanelBytes + step),
                                      d > 0);
         }
         products_commit();
@@ -53,7 +53,7 @@ struct WarpgroupRows {
         products_fence();
 #pragma unroll
         for (int t = 0; t < kTileTokens / 16; ++t) {
-            Wgmma<ValueElement>::multiply_values(o, weights + 4 * t, values.at(t * 16 * kPanelRowBytes));
+            Wgmma<ProductElement>::multiply_values(o, weights + 4 * t, values.at(t * 16 * kPanelRowBytes));
         }
         products_commit();
     }
@@ -82,7 +82,7 @@ struct WarpgroupRows {
         products_wait<0>(o);
         after_values();
 #pragma unroll
-        for (int i = 0; i < kTileTokens / 4; ++i) weights[i] = view.any ? ValueElement::pack(s[2 * i], s[2 * i + 1]) : 0;
+        for (int i = 0; i < kTileTokens / 4; ++i) weights[i] = view.any ? ProductElement::pack(s[2 * i], s[2 * i + 1]) : 0;
         rescale_outputs(factor);
     }
 
@@ -175,8 +175,8 @@ struct WarpgroupRows {
         float factor[2];
         exponentials(s, factor, to_score);
         rescale_outputs(factor);
-        const u32 packed[4] = {ValueElement::pack(s[0], s[1]), ValueElement::pack(s[2], s[3]),
-                               ValueElement::pack(s[4], s[5]), ValueElement::pack(s[6], s[7])};
+        const u32 packed[4] = {ProductElement::pack(s[0], s[1]), ProductElement::pack(s[2], s[3]),
+                               ProductElement::pack(s[4], s[5]), ProductElement::pack(s[6], s[7])};
         add_chunk_values(o, packed, v);
     }
     // Hides from each row what it does not see. visible: address of two bytes for each of this lane's two first tokens.

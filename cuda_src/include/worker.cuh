@@ -19,6 +19,7 @@ constexpr int kValueStages = FT_VALUE_STAGES;
 constexpr int kConsumerWarps = 8;
 constexpr int kProducerWarps = 4;
 constexpr int kWidenWarps = kFloat8 ? 4 : 0;
+constexpr bool kConvertsQueries = kFloat8 && !Element::kIsFloat16;
 constexpr int kThreads = (kConsumerWarps + kProducerWarps + kWidenWarps) * kWarpSize;
 constexpr int kGroupThreads = 128;
 constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;  // of a thread; what a block begins with is all that it gets
@@ -95,12 +96,21 @@ struct Shared {
     Barrier k_full[kKeyStages], k_empty[kKeyStages], v_full[kValueStages], v_empty[kValueStages];
     Barrier q_full[kQuerySlots], q_empty[kQuerySlots];
 #if defined(FT_KV_ELEMENT)
+    Barrier q_converted[kQuerySlots];
     Barrier raw_k_full[kRawStages], raw_k_empty[kRawStages], raw_v_full[kRawStages], raw_v_empty[kRawStages];
 #endif
     Barrier given[2];  // each warpgroup's accumulators, with one row group
     int merge[2];  // what a warpgroup is to merge
 };
 static_assert(sizeof(Shared) == FT_SHARED_BYTES, "host and device agree on shared memory");
+
+// What tells consumers that an item's queries are there as they multiply them.
+__device__ __forceinline__ Barrier& queries_ready(Shared& s, int slot) {
+#if defined(FT_KV_ELEMENT)
+    if (kConvertsQueries) return s.q_converted[slot];
+#endif
+    return s.q_full[slot];
+}
 
 // A place in a ring of keys or values, and the parity of its barriers' phase.
 template <int kStages>

@@ -49,7 +49,7 @@ struct Consumer : Output {
             rows.reset();
             if (tokens > 0) {
                 const int slot = turn % kQuerySlots;
-                barrier_wait(s.q_full[slot], turn / kQuerySlots % 2);
+                barrier_wait(queries_ready(s, slot), turn / kQuerySlots % 2);
                 attend_tiles(end, shared_address(s.q[slot]) + row_group * kGroupRows * kPanelRowBytes);
                 barrier_arrive_warp(s.q_empty[slot]);
                 ++turn;

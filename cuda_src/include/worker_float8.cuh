@@ -38,6 +38,7 @@ struct RawRings {
         barrier_init(s.raw_v_empty, kWidenWarps * kWarpArrivals);
         barrier_init(s.k_full, kWidenWarps * kWarpArrivals);
         barrier_init(s.v_full, kWidenWarps * kWarpArrivals);
+        barrier_init(s.q_converted, kWidenWarps * kWarpArrivals);
     }
     __device__ __forceinline__ Slot key_slot() const { return slot_of(s.raw_k, s.raw_k_full, s.raw_k_empty, raw); }
     __device__ __forceinline__ Slot value_slot() const { return slot_of(s.raw_v, s.raw_v_full, s.raw_v_empty, raw); }
@@ -102,12 +103,31 @@ struct Widener {
 
     __device__ __forceinline__ void run() {
         named_sync(kEveryone, kThreads);
+        int turn = 0;  // of the items that have tokens
         for (int index = blockIdx.x; index >= 0;) {
             const int tiles = ceil_div(p.items[index].tokens, kTileTokens);
             index = p.items[index].next;
+            if (kConvertsQueries && tiles > 0) convert_queries(turn++);
 #pragma unroll 1
             for (int tile = 0; tile < tiles; ++tile) widen_tile();
         }
+    }
+
+    // Turns an item's queries into float16 where they lie.
+    __device__ __forceinline__ void convert_queries(int turn) {
+        const int slot = turn % kQuerySlots, thread = threadIdx.x % (kWidenWarps * kWarpSize);
+        barrier_wait(s.q_full[slot], turn / kQuerySlots % 2);
+#pragma unroll 4
+        for (int chunk = thread; chunk < kQueryBytes / 16; chunk += kWidenWarps * kWarpSize) {
+            const u32 at = shared_address(s.q[slot]) + chunk * 16;
+            u32 pairs[4];
+            load_shared(pairs, at);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) pairs[i] = BFloat16::to_halves(pairs[i]);
+            store_shared(at, pairs[0], pairs[1], pairs[2], pairs[3]);
+        }
+        __syncwarp();
+        barrier_arrive_warp(s.q_converted[slot]);
     }
 
     __device__ __forceinline__ void widen_tile() {
@@ -115,9 +135,9 @@ struct Widener {
         take(k, shared_address(s.raw_k[raw.stage]), s.raw_k_full[raw.stage], s.raw_k_empty[raw.stage]);
         take(v, shared_address(s.raw_v[raw.stage]), s.raw_v_full[raw.stage], s.raw_v_empty[raw.stage]);
         barrier_wait(s.k_empty[keys.stage], keys.parity ^ 1);
-        store<Element>(k, shared_address(s.k[keys.stage]), s.k_full[keys.stage]);
+        store<ProductElement>(k, shared_address(s.k[keys.stage]), s.k_full[keys.stage]);
         barrier_wait(s.v_empty[values.stage], values.parity ^ 1);
-        store<ValueElement>(v, shared_address(s.v[values.stage]), s.v_full[values.stage]);
+        store<ProductElement>(v, shared_address(s.v[values.stage]), s.v_full[values.stage]);
         raw.advance(1);
         keys.advance(1);
         values.advance(1);

@@ -265,7 +265,7 @@ def worker_shared_bytes(head_dim: int, row_groups: int, float8: bool) -> int:
     # Views of whole laps of the ring of keys, see worker.cuh.
     laps = -(-(keys + (raw + 1 if float8 else 0) + 2 // row_groups) // keys)
     views = laps * keys * (tokens // 4 + 2 * tokens)
-    barriers = (2 * (keys + values + query_slots) + 4 * raw + 2) * 8 + 2 * 4
+    barriers = (2 * (keys + values + query_slots) + (4 * raw + query_slots if float8 else 0) + 2) * 8 + 2 * 4
     return -(-(-(-(rings + queries + exchange) // 16) * 16 + views + barriers) // 1024) * 1024
 
 
