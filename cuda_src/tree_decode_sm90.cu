@@ -4,7 +4,8 @@
 // Four producer warps gather the tokens of item after item into rings of tiles; two warpgroups attend them, 64 query
 // rows each. The rings run ahead over the ends of items, so that these cost no bandwidth. With one row group the
 // warpgroups take turns at the tiles and are added up at the item's end; with two, each has its own rows of every tile.
-// Tokens that few rows see are attended by the warps of these rows alone. Four more warps widen float8 on its way.
+// Tokens that few rows see are attended by the warps of these rows alone. Four more warps widen the float8 tiles that
+// warpgroups attend; what warps attend alone they widen themselves, with one row group.
 // The worker that finishes the last piece of some rows merges their pieces, or all that end with it do so together.
 #include "worker_consumer.cuh"
 #include "worker_producer.cuh"

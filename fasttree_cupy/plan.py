@@ -250,7 +250,8 @@ class DecodePlan:
         k, v : array, dtype of q or float8, shape (num_tokens, num_kv_heads, head_dim)
             Node i's tokens in rows ``tree.kv_ptrs[i]`` to ``tree.kv_ptrs[i + 1]``, or in the rows that the plan's
             ``kv_indices`` said, of a pool of any size. Float8 is float8_e4m3fn or float8_e5m2 (OCP OFP8), both arrays
-            of the same.
+            of the same. On compute capability 9.0, head_dim 64 or 128, bfloat16 queries are rounded to float16 then:
+            beyond 65504 they count as that.
         out : array, dtype and shape of q, optional
             Written in place. By default a new array of q's framework is returned.
         sm_scale : float, optional

@@ -232,6 +232,36 @@ def test_right_on_the_gpu(
                 assert_close(out_lse.get(), lse, np.float32, "lse")
 
 
+MIXED_TREES = (
+    ft.KVTree.from_levels([1, 16, 32, 64, 256], [256, 128, 64, 16, 48]),
+    ft.KVTree.from_levels([1, 8, 64], [40, 20, 300]),
+)
+"""Tokens that most rows of a tile see, in turn with such as few see: tiles that are widened, and such as are not."""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [1, 7])
+@pytest.mark.parametrize("row_groups", [1, 2])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_many_tiles_of_both_kinds_are_right_on_the_gpu(
+    dtype: str, head_dim: int, row_groups: int, workers: int, cupy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that the rings hold is used again and again, in an order that the trees decide."""
+    force(monkeypatch, ROW_GROUPS[row_groups], workers)
+    for tree in MIXED_TREES:
+        inputs = make_inputs(tree, 4, 2, head_dim, dtype, "float8_e4m3fn", "none")
+        plan = ft.plan_decode(tree, 4, 2, head_dim, device="cuda")
+        if not isinstance(plan.schedule, BalancedSchedule):
+            pytest.skip("this GPU has no such kernel")
+        q, k, v = (on_gpu(cupy, array) for array in inputs[:3])
+        out, again = (cupy.full(q.shape, np.nan, np.float32).astype(q.dtype) for _ in range(2))
+        plan.run(q, k, v, out)
+        plan.run(q, k, v, again)
+        assert_close(out.get(), expected(tree, inputs, -1)[0], DTYPES[dtype])
+        np.testing.assert_array_equal(out.get().view(np.uint16), again.get().view(np.uint16))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [16, 32, 256])
 @pytest.mark.parametrize("kernel", ["tiles", "plain"])

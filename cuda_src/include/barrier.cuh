@@ -24,8 +24,8 @@ __device__ __forceinline__ void barrier_arrive(Barrier& barrier, int count = 1) 
 // A warp's sign that all its lanes are done. One lane arrives for all: what the others did comes before, by __syncwarp or
 // a product of the whole warp. compute-sanitizer's racecheck does not follow that; a build for it lets each lane arrive.
 constexpr int kWarpArrivals = FT_EVERY_LANE_ARRIVES ? kWarpSize : 1;
-__device__ __forceinline__ void barrier_arrive_warp(Barrier& barrier) {
-    if (int(threadIdx.x) % kWarpSize < kWarpArrivals) barrier_arrive(barrier);
+__device__ __forceinline__ void barrier_arrive_warp(Barrier& barrier, int count = 1) {
+    if (int(threadIdx.x) % kWarpSize < kWarpArrivals) barrier_arrive(barrier, count);
 }
 // Whether the phase of this parity has ended; may wait for it a while.
 __device__ __forceinline__ bool barrier_try_wait(Barrier& barrier, int parity) {

@@ -53,3 +53,19 @@ __device__ __forceinline__ void add_chunk_values(float (&o)[kHeadDim / 2], const
         Mma<ProductElement>::add(reinterpret_cast<float(&)[4]>(o[8 * d + 4]), weights, v[d][2], v[d][3]);
     }
 }
+
+// A chunk of tiles whose panels are kPanelBytes apart.
+template <int kPanelBytes>
+struct PanelChunk {
+    using Values = ChunkValues;
+    u32 keys, values;  // as chunk_scores and load_chunk_values take them
+
+    template <typename LoadQueries>
+    __device__ __forceinline__ void scores(float (&s)[8], const LoadQueries& load_queries) const {
+        chunk_scores(s, load_queries, keys, kPanelBytes);
+    }
+    __device__ __forceinline__ void load_values(Values& v) const { load_chunk_values(v, values, kPanelBytes); }
+    static __device__ __forceinline__ void add_values(float (&o)[kHeadDim / 2], const u32 (&weights)[4], const Values& v) {
+        add_chunk_values(o, weights, v);
+    }
+};

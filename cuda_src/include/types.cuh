@@ -22,7 +22,6 @@ __device__ constexpr int max_of(int a, int b) { return a > b ? a : b; }
 // IEEE binary16, stored as its 16 bits.
 struct Float16 {
     using Bits = u16;
-    static constexpr bool kIsFloat16 = true;
     static __device__ __forceinline__ float to_float(u16 bits) {
         float value;
         asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
@@ -41,13 +40,13 @@ struct Float16 {
     }
     // A pair from two float16.
     static __device__ __forceinline__ u32 from_halves(u32 halves) { return halves; }
+    static __device__ __forceinline__ u32 to_halves(u32 pair) { return pair; }
 #endif
 };
 
 // bfloat16: the upper half of a binary32. Integer arithmetic, because sm_70 and sm_75 have no conversion.
 struct BFloat16 {
     using Bits = u16;
-    static constexpr bool kIsFloat16 = false;
     static __device__ __forceinline__ float to_float(u16 bits) { return __uint_as_float(u32(bits) << 16); }
     static __device__ __forceinline__ u16 from_float(float value) {
         const u32 bits = __float_as_uint(value);

@@ -151,33 +151,39 @@ struct WarpgroupRows {
         return rows;
     }
 
-    // Attends this warp's rows to a chunk of a tile, when no products are under way. queries, keys, values, visible: as
-    // start_scores, start_values and weigh take them.
-    __device__ __forceinline__ void attend_chunk(int chunk, u32 queries, int query_panel_bytes, u32 keys, u32 values,
-                                                 u32 visible, const ScoreScale& to_score) {
-        const int lane = threadIdx.x % 32;
-        const ChunkPlace place(lane);
-        const u32 warp_rows = threadIdx.x % 128 / 32 * kChunkRows * kPanelRowBytes;
+    // A chunk of a tile, for attend_chunk.
+    static __device__ __forceinline__ PanelChunk<kPanelBytes> chunk_of(int chunk, u32 keys, u32 values) {
+        const ChunkPlace place(threadIdx.x % 32);
         const u32 tokens = chunk * kChunkTokens * kPanelRowBytes;
+        return {keys + tokens + place.by_columns, values + tokens + place.by_rows};
+    }
+    // Attends this warp's rows to a chunk, when no products are under way. queries: as start_scores takes them. visible: of
+    // the chunk, as weigh takes it. before_values(): called between the chunk's keys and its values.
+    template <typename Chunk, typename BeforeValues>
+    __device__ __forceinline__ void attend_chunk(const Chunk& chunk, u32 queries, int query_panel_bytes, u32 visible,
+                                                 const ScoreScale& to_score, const BeforeValues& before_values) {
+        const int lane = threadIdx.x % 32;
+        const u32 warp_rows = threadIdx.x % 128 / 32 * kChunkRows * kPanelRowBytes;
         float s[8];
-        const u32 own_queries = queries + warp_rows + place.by_rows;
+        const u32 own_queries = queries + warp_rows + ChunkPlace(lane).by_rows;
         const auto load_queries = [&](u32 (&q)[4], int d) {
             load_matrices(q, (own_queries ^ d % 4 * 32) + d / 4 * query_panel_bytes);
         };
-        chunk_scores(s, load_queries, keys + tokens + place.by_columns, kPanelBytes);
+        chunk.scores(s, load_queries);
         if (kSoftCap) {
 #pragma unroll
             for (int i = 0; i < 8; ++i) s[i] = to_score.pass(s[i]);
         }
-        ChunkValues v;  // on their way during the softmax
-        load_chunk_values(v, values + tokens + place.by_rows, kPanelBytes);
-        hide_in_chunk(s, visible + (chunk * kChunkTokens + lane % 4 * 2) * 2);
+        before_values();
+        typename Chunk::Values v;  // on their way during the softmax
+        chunk.load_values(v);
+        hide_in_chunk(s, visible + lane % 4 * 4);
         float factor[2];
         exponentials(s, factor, to_score);
         rescale_outputs(factor);
         const u32 packed[4] = {ProductElement::pack(s[0], s[1]), ProductElement::pack(s[2], s[3]),
                                ProductElement::pack(s[4], s[5]), ProductElement::pack(s[6], s[7])};
-        add_chunk_values(o, packed, v);
+        chunk.add_values(o, packed, v);
     }
     // Hides from each row what it does not see. visible: address of two bytes for each of this lane's two first tokens.
     __device__ __forceinline__ void hide_in_chunk(float (&s)[8], u32 visible) const {

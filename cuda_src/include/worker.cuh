@@ -3,6 +3,9 @@
 #include "barrier.cuh"
 #include "warpgroup_rows.cuh"
 #include "work.cuh"
+#if defined(FT_KV_ELEMENT)
+#include "raw_chunk.cuh"
+#endif
 
 #if defined(FT_KV_ELEMENT) && !defined(FT_RAW_STAGES)
 #error "FT_RAW_STAGES is given by kernels.py where K and V are float8"
@@ -19,7 +22,9 @@ constexpr int kValueStages = FT_VALUE_STAGES;
 constexpr int kConsumerWarps = 8;
 constexpr int kProducerWarps = 4;
 constexpr int kWidenWarps = kFloat8 ? 4 : 0;
-constexpr bool kConvertsQueries = kFloat8 && !Element::kIsFloat16;
+// Whether consumers read float8 tiles that they attend warp by warp as they came. With two row groups, which attend every
+// tile together, all are widened: that was up to a tenth faster (bench/NOTES.md).
+constexpr bool kReadsRaw = kFloat8 && kRowGroups == 1;
 constexpr int kThreads = (kConsumerWarps + kProducerWarps + kWidenWarps) * kWarpSize;
 constexpr int kGroupThreads = 128;
 constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;  // of a thread; what a block begins with is all that it gets
@@ -57,6 +62,10 @@ static_assert(kTilesAtATime <= kKeyStages && kTilesAtATime <= kValueStages,
 static_assert(kKeyStages % kTokenGroups == 0 && kValueStages % kTokenGroups == 0,
               "a tile takes the place of one of the same warpgroup, which is at its tiles in their order");
 
+// Tokens that few rows see are attended warp by warp: where no warp of a warpgroup sees more chunks than these.
+constexpr int kMostApart = kTileChunks / 2;
+static_assert(kMostApart < 7 && kTileChunks + 7 - kMostApart < 16, "four bits hold a sum, see warps_with_many");
+
 // Named barriers: of all threads, and one for each warpgroup.
 constexpr int kEveryone = 0;
 constexpr int kOwnGroup = 1;
@@ -72,14 +81,28 @@ struct alignas(8) TileView {
 constexpr int kRawStages = FT_RAW_STAGES;  // tiles of float8 rows, keys and values
 constexpr int kRawBytes = kTileTokens * kHeadDim;
 static_assert(kTilesAtATime <= kRawStages, "who waits for a phase has seen the one before");
-// How far the tile whose view is written is ahead of one whose keys are known to be done with. Its raw place was freed
-// by the tile kRawStages before; by then the tile before that one had the place of one kKeyStages earlier.
-constexpr int kViewsAhead = kRawStages + 1 + kKeyStages;
+// What consumers read as it came is not given back in the tiles' order.
+static_assert(!kReadsRaw || (kTilesAtATime == kTokenGroups && kRawStages % kTokenGroups == 0),
+              "a warpgroup's tiles have producers and raw places of their own");
+// When a tile's view is written, its raw place is free: the tile kRawStages before, of the same warpgroup, is done with or
+// has been widened. Then the one before that, if it was widened too, had the place of one whose keys were done with,
+// kKeyStages earlier. Its view was not, but those of the warpgroup's earlier tiles.
+constexpr int kViewPlaces = kRawStages + kKeyStages + 2 * kTokenGroups;
+static_assert(kViewPlaces % kTokenGroups == 0, "the place of a view is one of the same warpgroup's");
 #else
-constexpr int kViewsAhead = kKeyStages;
-#endif
 // A tile's keys are done with before its view is, but after the views of its warpgroup's earlier tiles.
-constexpr int kViewLaps = ceil_div(kViewsAhead + kTokenGroups, kKeyStages);
+constexpr int kViewPlaces = 2 * kKeyStages;
+static_assert(kTokenGroups <= kKeyStages, "a lap more is enough");
+#endif
+
+// Of each 16 rows the highest of four bits is set where they see many of a tile's chunks: then products of their warpgroup
+// are worth it.
+__device__ __forceinline__ u32 warps_with_many(const TileView& view) {
+    u32 chunks_seen = 0;
+#pragma unroll
+    for (int part = 0; part < kTileWarps; ++part) chunks_seen += view.chunks_seen[part];
+    return (chunks_seen + 0x11111111u * (7 - kMostApart)) & 0x88888888u;
+}
 
 struct Shared {
     alignas(1024) unsigned char k[kKeyStages][kTileBytes];
@@ -91,12 +114,13 @@ struct Shared {
 #endif
     float exchange[kTokenGroups == 2 ? kOutputs * kGroupThreads : 1];  // accumulators that one group hands over
     SoftmaxState exchange_state[kTokenGroups == 2 ? kGroupRows : 1];
-    TileView view[kViewLaps * kKeyStages];
-    u16 visible[kViewLaps * kKeyStages][kTileTokens];
+    TileView view[kViewPlaces];
+    u16 visible[kViewPlaces][kTileTokens];
     Barrier k_full[kKeyStages], k_empty[kKeyStages], v_full[kValueStages], v_empty[kValueStages];
     Barrier q_full[kQuerySlots], q_empty[kQuerySlots];
 #if defined(FT_KV_ELEMENT)
-    Barrier q_converted[kQuerySlots];
+    Barrier q_ordered[kQuerySlots];
+    Barrier view_full[kViewPlaces];
     Barrier raw_k_full[kRawStages], raw_k_empty[kRawStages], raw_v_full[kRawStages], raw_v_empty[kRawStages];
 #endif
     Barrier given[2];  // each warpgroup's accumulators, with one row group
@@ -107,9 +131,10 @@ static_assert(sizeof(Shared) == FT_SHARED_BYTES, "host and device agree on share
 // What tells consumers that an item's queries are there as they multiply them.
 __device__ __forceinline__ Barrier& queries_ready(Shared& s, int slot) {
 #if defined(FT_KV_ELEMENT)
-    if (kConvertsQueries) return s.q_converted[slot];
-#endif
+    return s.q_ordered[slot];
+#else
     return s.q_full[slot];
+#endif
 }
 
 // A place in a ring of keys or values, and the parity of its barriers' phase.
@@ -117,16 +142,12 @@ template <int kStages>
 struct Ring {
     int stage = 0;
     int parity = 0;
-    int lap = 0;
-    // The place of the tile's view, of which there are kViewLaps times as many.
-    __device__ __forceinline__ int view() const { return stage + (kViewLaps == 2 ? parity : lap) * kStages; }
     // By no more than a lap.
     __device__ __forceinline__ void advance(int by) {
         stage += by;
         if (stage < kStages) return;
         stage -= kStages;
         parity ^= 1;
-        if constexpr (kViewLaps > 2) lap = lap + 1 < kViewLaps ? lap + 1 : 0;
     }
 };
 

@@ -19,13 +19,13 @@ using ChunkBits = Bytes<kTileChunks>;
 using Chunks = ChunkBits::Type;
 constexpr Chunks kEveryChunk = Chunks(0x0101010101010101u);
 
-// Chunks of a tile up to which each warp attends its own: half of all was no slower than fewer (bench/NOTES.md).
-constexpr int kMostApart = kTileChunks / 2;
-static_assert(kMostApart < 7 && kTileChunks + 7 - kMostApart < 16, "four bits hold a sum, see seen_together");
-
 struct Consumer : Output {
     Ring<kKeyStages> keys;  // the place of this warpgroup's current tile
     Ring<kValueStages> values;
+#if defined(FT_KV_ELEMENT)
+    Ring<kRawStages> raw;  // that of its rows as they came; only tiles that are widened have one among keys and values
+    Ring<kViewPlaces> views;
+#endif
     int tile;               // its number among all that the worker has
     float keys_scale;       // of the item's KV head
 
@@ -33,6 +33,10 @@ struct Consumer : Output {
         : Output(p, s), tile(kTokenGroups == 2 ? group : 0) {
         keys.advance(tile);
         values.advance(tile);
+#if defined(FT_KV_ELEMENT)
+        raw.advance(tile);
+        views.advance(tile);
+#endif
     }
 
     __device__ __forceinline__ void run() {
@@ -81,13 +85,23 @@ struct Consumer : Output {
         while (tile < end) {
             if (seen_together()) {
                 attend_together(end, queries);
+#if defined(FT_KV_ELEMENT)
+            } else if (kReadsRaw) {
+                attend_raw(queries);
+#endif
             } else {
                 attend_apart(queries);
             }
         }
     }
 
-    __device__ __forceinline__ const TileView& view() const { return s.view[keys.view()]; }
+#if defined(FT_KV_ELEMENT)
+    __device__ __forceinline__ int view_place() const { return views.stage; }
+#else
+    __device__ __forceinline__ int view_place() const { return keys.stage + keys.parity * kKeyStages; }
+#endif
+    __device__ __forceinline__ const TileView& view() const { return s.view[view_place()]; }
+    __device__ __forceinline__ u32 visible() const { return shared_address(s.visible[view_place()]); }
     // Who sees the current tile's chunks: the block's 16 rows from `first` on come first in each byte.
     __device__ __forceinline__ Chunks seen_by(int first) const {
         return *reinterpret_cast<const Chunks*>(view().seen_by) >> first;
@@ -100,16 +114,15 @@ struct Consumer : Output {
         for (int part = 1; part < kTileWarps; ++part) whole &= view().whole[part];
         return {own_chunks() != 0, (whole >> rows.first_row / kChunkRows & 1) != 0};
     }
-    // Whether the warpgroup's products are worth it for the current tile, whose keys it waits for: where one of its warps
-    // sees many chunks.
+    // Whether the warpgroup's products are worth it for the current tile, whose view it waits for, which comes with 16-bit
+    // keys.
     __device__ __forceinline__ bool seen_together() const {
+#if defined(FT_KV_ELEMENT)
+        barrier_wait(s.view_full[views.stage], views.parity);
+#else
         barrier_wait(s.k_full[keys.stage], keys.parity);
-        u32 chunks_seen = 0;
-#pragma unroll
-        for (int part = 0; part < kTileWarps; ++part) chunks_seen += view().chunks_seen[part];
-        // Each highest of four bits is set where there are more than kMostApart.
-        const u32 many = (chunks_seen + 0x11111111u * (7 - kMostApart)) & 0x88888888u;
-        return __any_sync(0xffffffffu, (many >> row_group * 16 & 0xffff) != 0);
+#endif
+        return __any_sync(0xffffffffu, (warps_with_many(view()) >> row_group * 16 & 0xffff) != 0);
     }
 
     // Attends tiles up to the next one that is not seen together. The values of a tile are added during the softmax of the
@@ -141,19 +154,53 @@ struct Consumer : Output {
     // Attends one tile, each warp the chunks that its rows see.
     __device__ __forceinline__ void attend_apart(u32 queries) {
         Chunks mine = own_chunks();
+        if (kFloat8) barrier_wait(s.k_full[keys.stage], keys.parity);
         barrier_wait(s.v_full[values.stage], values.parity);
 #pragma unroll 1
         for (; mine != 0; mine &= mine - 1) {
-            rows.attend_chunk(ChunkBits::first(mine) / 8, queries, kRows * kPanelRowBytes, shared_address(s.k[keys.stage]),
-                              shared_address(s.v[values.stage]), shared_address(s.visible[keys.view()]),
-                              to_score());
+            const int chunk = ChunkBits::first(mine) / 8;
+            const auto place =
+                WarpgroupRows::chunk_of(chunk, shared_address(s.k[keys.stage]), shared_address(s.v[values.stage]));
+            rows.attend_chunk(place, queries, kRows * kPanelRowBytes, visible() + chunk * kChunkTokens * 2, to_score(),
+                              [] {});
         }
         __syncwarp();
         barrier_arrive_warp(s.k_empty[keys.stage]);
         barrier_arrive_warp(s.v_empty[values.stage]);
         advance();
     }
+#if defined(FT_KV_ELEMENT)
+    // The same for a tile of float8 rows as they came. The keys' place is given back when the values have come, too: so who
+    // has seen the next keys in this place knows that the phase of the values before is over.
+    __device__ __forceinline__ void attend_raw(u32 queries) {
+        Barrier &values_full = s.raw_v_full[raw.stage], &keys_empty = s.raw_k_empty[raw.stage];
+        Chunks mine = own_chunks();
+        const u32 place = RawChunk::place(threadIdx.x % kWarpSize);
+        const u32 raw_keys = shared_address(s.raw_k[raw.stage]) + place;
+        const u32 raw_values = shared_address(s.raw_v[raw.stage]) + place;
+        barrier_wait(s.raw_k_full[raw.stage], raw.parity);
+        if (mine == 0) {
+            barrier_wait(values_full, raw.parity);
+            barrier_arrive_warp(keys_empty);
+        }
+#pragma unroll 1
+        while (mine != 0) {
+            const int chunk = ChunkBits::first(mine) / 8;
+            const u32 tokens = chunk * kChunkTokens * kHeadDim;
+            mine &= mine - 1;
+            rows.attend_chunk(RawChunk{raw_keys + tokens, raw_values + tokens}, queries, kRows * kPanelRowBytes,
+                              visible() + chunk * kChunkTokens * 2, to_score(), [&] {
+                                  barrier_wait(values_full, raw.parity);
+                                  if (mine == 0) barrier_arrive_warp(keys_empty);
+                              });
+        }
+        __syncwarp();
+        barrier_arrive_warp(s.raw_v_empty[raw.stage]);
+        advance_view();
+    }
+#endif
     __device__ __forceinline__ void start_scores(WarpgroupRows::Scores& scores, u32 queries) {
+        if (kFloat8) barrier_wait(s.k_full[keys.stage], keys.parity);
         fence_shared_async();
         WarpgroupRows::start_scores(scores, tile_address(queries), kRows * kPanelRowBytes,
                                     tile_address(shared_address(s.k[keys.stage])));
@@ -170,14 +217,20 @@ struct Consumer : Output {
     template <typename AfterValues>
     __device__ __forceinline__ void weigh(WarpgroupRows::Scores& scores, const WarpgroupRows::View& view,
                                           const AfterValues& after_values) {
-        rows.weigh(scores, view, shared_address(s.visible[keys.view()]), to_score(),
-                   after_values);
+        rows.weigh(scores, view, visible(), to_score(), after_values);
     }
     __device__ __forceinline__ ScoreScale to_score() const { return {p.sm_scale * keys_scale, p.logit_cap}; }
     __device__ __forceinline__ void advance() {
-        tile += kTokenGroups;
         keys.advance(kTokenGroups);
         values.advance(kTokenGroups);
+        advance_view();
+    }
+    __device__ __forceinline__ void advance_view() {
+        tile += kTokenGroups;
+#if defined(FT_KV_ELEMENT)
+        raw.advance(kTokenGroups);
+        views.advance(kTokenGroups);
+#endif
     }
 
     // One token group leaves its state in shared memory, in the order of the accumulators. It has taken what was there

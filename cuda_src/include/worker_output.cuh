@@ -8,7 +8,7 @@ constexpr int kPiecesAtATime = 8;  // whose parts of a slice are fetched togethe
 constexpr u32 kAllSlices = (1u << kSlices) - 1;
 // In a piece's word, see merge_together: the launch's number, and whether the piece's worker has given up merging.
 constexpr int kGivenUp = 1 << 30, kLaunch = kGivenUp - 1;
-static_assert(kSliceOutputs % 4 == 0 && kOutputs % kSliceOutputs == 0, "slices are whole chunks of 8 columns");
+static_assert(kSliceOutputs % 8 == 0 && kOutputs % kSliceOutputs == 0, "slices are whole runs of 16 columns");
 
 // The rows of a warpgroup, and where they go.
 struct Output {
@@ -238,22 +238,29 @@ struct Output {
             write_columns<kOutputs>(row, rows.o + 2 * half, 0);
         }
     }
-    // Writes a row's accumulators from a column on: o[0] and o[1], then o[4] and o[5] eight columns further, and so on.
+    // Writes a row's accumulators from a column on, a pair for each j = 0, 4, ..: o[0] and o[1], then o[4] and o[5] eight
+    // columns further, and so on. Of float8 values a thread has four columns side by side of each 16, see RawChunk.
     template <int kCount>
     __device__ __forceinline__ void write_columns(const QueryRow& row, const float* o, int column) const {
         if (!row.valid) return;
-        u16* to = p.o + row.request * p.o_stride_request + row.head * p.o_stride_head + column + threadIdx.x % 4 * 2;
+        u16* to = p.o + row.request * p.o_stride_request + row.head * p.o_stride_head + column;
+        to += threadIdx.x % 4 * (kFloat8 ? 4 : 2);
         if (p.o_aligned) {
 #pragma unroll
-            for (int j = 0; j < kCount; j += 4) *reinterpret_cast<u32*>(to + 2 * j) = Element::pack(o[j], o[j + 1]);
+            for (int j = 0; j < kCount; j += 4) *reinterpret_cast<u32*>(to + column_of(j)) = pair_of(o, j);
         } else {
 #pragma unroll
             for (int j = 0; j < kCount; j += 4) {
-                const u32 pair = Element::pack(o[j], o[j + 1]);
-                to[2 * j] = u16(pair);
-                to[2 * j + 1] = u16(pair >> 16);
+                const u32 pair = pair_of(o, j);
+                to[column_of(j)] = u16(pair);
+                to[column_of(j) + 1] = u16(pair >> 16);
             }
         }
+    }
+    static __device__ __forceinline__ int column_of(int j) { return kFloat8 ? j / 8 * 16 + j / 4 % 2 * 2 : 2 * j; }
+    static __device__ __forceinline__ u32 pair_of(const float* o, int j) {
+        const int first = kFloat8 ? j / 8 * 8 + j / 4 % 2 : j;
+        return Element::pack(o[first], o[first + (kFloat8 ? 4 : 1)]);
     }
     __device__ __forceinline__ void write_lse(const QueryRow& row, int half) const {
         if (p.lse != nullptr && row.valid && threadIdx.x % 4 == 0) {

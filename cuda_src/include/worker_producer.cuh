@@ -57,8 +57,8 @@ struct SegmentStream {
 static_assert(kBoxTokens == kChunkTokens, "chunks come as boxes");
 constexpr int kCopyChunks = kHeadDim * int(sizeof(KVBits)) / 16;  // of 16 bytes, in a row of K or V
 
-// A thread arrives when its copies are there; for what warps store beside the keys, they arrive once more.
-constexpr int kKeyArrivals = kTileWarps * (kWarpSize + kWarpArrivals), kValueArrivals = kTileWarps * kWarpSize;
+// A thread arrives when its copies are there, a warp when it has stored its part of the view.
+constexpr int kCopyArrivals = kTileWarps * kWarpSize, kViewArrivals = kTileWarps * kWarpArrivals;
 
 // A place in a ring: its rows, and the barriers of its phase.
 struct Slot {
@@ -83,12 +83,13 @@ struct TileRings {
     Ring<kValueStages> values;
 
     static __device__ __forceinline__ void init(Shared& s) {
-        barrier_init(s.k_full, kKeyArrivals);
-        barrier_init(s.v_full, kValueArrivals);
+        barrier_init(s.k_full, kCopyArrivals + kViewArrivals);
+        barrier_init(s.v_full, kCopyArrivals);
     }
     __device__ __forceinline__ Slot key_slot() const { return slot_of(s.k, s.k_full, s.k_empty, keys); }
     __device__ __forceinline__ Slot value_slot() const { return slot_of(s.v, s.v_full, s.v_empty, values); }
-    __device__ __forceinline__ int view() const { return keys.view(); }
+    __device__ __forceinline__ int view() const { return keys.stage + keys.parity * kKeyStages; }
+    __device__ __forceinline__ Barrier& view_full() const { return s.k_full[keys.stage]; }
     __device__ __forceinline__ void advance(int by) {
         keys.advance(by);
         values.advance(by);
@@ -191,7 +192,7 @@ struct Producer {
         copy(places, keys, p.k_map, item.kv_head, k, k_stride);
         __syncwarp();  // the tile's view is written
         arrive(places, keys.full);
-        barrier_arrive_warp(keys.full);
+        barrier_arrive_warp(rings.view_full());
         barrier_wait(values.empty, values.parity);
         copy(places, values, p.v_map, item.kv_head, v, v_stride);
         arrive(places, values.full);

@@ -262,11 +262,11 @@ def worker_shared_bytes(head_dim: int, row_groups: int, float8: bool) -> int:
     queries = query_slots * row_groups * WORKER_GROUP_ROWS * head_dim * 2
     # Accumulators and softmax states that one token group hands to the other; with two row groups one of each.
     exchange = WORKER_GROUP_ROWS * (head_dim * 4 + 8) if row_groups == 1 else 4 + 8
-    # Views of whole laps of the ring of keys, see worker.cuh.
-    laps = -(-(keys + (raw + 1 if float8 else 0) + 2 // row_groups) // keys)
-    views = laps * keys * (tokens // 4 + 2 * tokens)
-    barriers = (2 * (keys + values + query_slots) + (4 * raw + query_slots if float8 else 0) + 2) * 8 + 2 * 4
-    return -(-(-(-(rings + queries + exchange) // 16) * 16 + views + barriers) // 1024) * 1024
+    # As kViewPlaces in worker.cuh.
+    views = raw + keys + 2 * (2 // row_groups) if float8 else 2 * keys
+    barriers = 2 * (keys + values + query_slots) + 2 + (4 * raw + query_slots + views if float8 else 0)
+    rest = views * (tokens // 4 + 2 * tokens) + barriers * 8 + 2 * 4
+    return -(-(-(-(rings + queries + exchange) // 16) * 16 + rest) // 1024) * 1024
 
 
 def worker_config(
