@@ -1,5 +1,5 @@
 // Products of one warp with a chunk of 16 tokens of float8, as they came: widened between shared memory and the product.
-// Where few rows see the tokens that is a third of what shared memory moves for tiles that are widened first.
+// Where few rows see the tokens, shared memory moves less than half of what it does for tiles that are widened first.
 //
 // What ldmatrix takes for elements of 16 bits are pairs of float8 here, so columns are in another order, the same in all
 // tiles that a worker multiplies. Of each 16, queries and keys have 0 1 4 5 8 9 12 13, then 2 3 6 7 10 11 14 15; values,
@@ -18,6 +18,7 @@ static_assert(kHeadDim == 64 || kHeadDim == 128, "the rows that raw_offset sprea
 // Two columns of two tokens, token by token, to the order of their products: column by column.
 __device__ __forceinline__ u32 by_columns(u32 word) { return __byte_perm(word, 0, 0x3120); }
 
+// A chunk of a tile of rows as they come.
 struct RawChunk {
     using Values = u32[kHeadDim / 32][4];
     u32 keys, values;  // addresses of the chunk's rows, place() added
