@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -174,3 +178,10 @@ def test_only_on_the_default_stream_by_a_thread_with_the_context_in_the_same_mem
     gpu.context -= 1
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(append).result() == "again"
+
+
+def test_nothing_is_compiled_on_import(tmp_path: Path) -> None:
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    program = "import fasttree_cupy.growth"
+    subprocess.run([sys.executable, "-W", "error", "-c", program], env=environment, check=True)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -7,6 +7,7 @@ takes longer than the passes, most of all where the caches hold other things. He
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any
 
 import numpy as np
@@ -64,8 +65,7 @@ class AppendCall:
         self._table = np.array([*places, tree.capacity.tokens, most_rows], np.int64)
         self._arrays = arrays  # kept, as the table does not keep them
         self._table_at = self._table.ctypes.data
-        address: Any = _append.address
-        self._call = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(address)
+        self._call = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(_compiled().address)
 
     def __call__(self) -> tuple[int, int]:
         """Append; returns how many elements of the plan are edited, and the highest row.
@@ -101,10 +101,6 @@ def _matrix(table: Any, i: int, columns: int) -> Any:
     return carray(_pointer(table[2 * i]), (table[2 * i + 1], columns), np.int32)
 
 
-_SIGNATURE: Any = types.int64(types.CPointer(types.int64))  # type: ignore[no-untyped-call]
-
-
-@cfunc(_SIGNATURE, cache=True)
 def _append(pointer: Any) -> int:
     t = carray(pointer, (_TABLE,))
     given, rows, slots = _vector(t, _GIVEN, np.int64), _matrix(t, _ROWS, 1), _vector(t, _SLOTS, np.int32)
@@ -133,3 +129,10 @@ def _append(pointer: Any) -> int:
         first = min(edits, len(out))
         out[:first] = state.edits[:first]
     return highest << _EDIT_BITS | edits
+
+
+@functools.cache
+def _compiled() -> Any:
+    """`_append` as a C function. Numba compiles it, or reads it from its cache, where it is declared."""
+    signature: Any = types.int64(types.CPointer(types.int64))  # type: ignore[no-untyped-call]
+    return cfunc(signature, cache=True)(_append)
