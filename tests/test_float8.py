@@ -263,6 +263,26 @@ def test_many_tiles_of_both_kinds_are_right_on_the_gpu(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["one_row_group", "two_row_groups"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_bfloat16_queries_beyond_float16_count_as_its_largest(
+    head_dim: int, kernel: str, cupy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule = only(kernel, monkeypatch)
+    inputs = make_inputs(TREE, 4, 2, head_dim, "bfloat16", "float8_e4m3fn", "none")
+    k, v = on_gpu(cupy, inputs.k), on_gpu(cupy, inputs.v)
+    plan = ft.plan_decode(TREE, 4, 2, head_dim, device="cuda")
+    if not isinstance(plan.schedule, schedule):
+        pytest.skip("this GPU has no such kernel")
+    outputs = []
+    for largest in (65536.0, 1e6):
+        q = np.copysign(largest, inputs.q.astype(np.float32)).astype(inputs.q.dtype)
+        outputs.append(plan.run(on_gpu(cupy, q), k, v).get())
+    assert np.isfinite(outputs[0].astype(np.float32)).all()
+    np.testing.assert_array_equal(outputs[0].view(np.uint16), outputs[1].view(np.uint16))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [16, 32, 256])
 @pytest.mark.parametrize("kernel", ["tiles", "plain"])
 @pytest.mark.parametrize("kv_dtype", FORMATS)

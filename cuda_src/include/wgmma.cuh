@@ -6,7 +6,6 @@
 #pragma once
 #include "types.cuh"
 
-
 // Tiles in shared memory are panels of 64 elements (128 bytes) a row, chunks of 16 bytes swizzled by the row's number
 // modulo 8. A panel starts at a multiple of 1024 bytes.
 constexpr int kPanelElements = 64;

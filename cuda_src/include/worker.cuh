@@ -137,11 +137,13 @@ __device__ __forceinline__ Barrier& queries_ready(Shared& s, int slot) {
 #endif
 }
 
-// A place in a ring of keys or values, and the parity of its barriers' phase.
+// A place in a ring, and the parity of its barriers' phase.
 template <int kStages>
 struct Ring {
     int stage = 0;
     int parity = 0;
+    // The place in a ring of two laps, as views have them for 16-bit keys.
+    __device__ __forceinline__ int of_two_laps() const { return stage + parity * kStages; }
     // By no more than a lap.
     __device__ __forceinline__ void advance(int by) {
         stage += by;

@@ -98,7 +98,7 @@ struct Consumer : Output {
 #if defined(FT_KV_ELEMENT)
     __device__ __forceinline__ int view_place() const { return views.stage; }
 #else
-    __device__ __forceinline__ int view_place() const { return keys.stage + keys.parity * kKeyStages; }
+    __device__ __forceinline__ int view_place() const { return keys.of_two_laps(); }
 #endif
     __device__ __forceinline__ const TileView& view() const { return s.view[view_place()]; }
     __device__ __forceinline__ u32 visible() const { return shared_address(s.visible[view_place()]); }

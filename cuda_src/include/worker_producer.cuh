@@ -88,7 +88,7 @@ struct TileRings {
     }
     __device__ __forceinline__ Slot key_slot() const { return slot_of(s.k, s.k_full, s.k_empty, keys); }
     __device__ __forceinline__ Slot value_slot() const { return slot_of(s.v, s.v_full, s.v_empty, values); }
-    __device__ __forceinline__ int view() const { return keys.stage + keys.parity * kKeyStages; }
+    __device__ __forceinline__ int view() const { return keys.of_two_laps(); }
     __device__ __forceinline__ Barrier& view_full() const { return s.k_full[keys.stage]; }
     __device__ __forceinline__ void advance(int by) {
         keys.advance(by);
