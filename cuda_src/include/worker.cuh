@@ -84,6 +84,12 @@ static_assert(kTilesAtATime <= kRawStages, "who waits for a phase has seen the o
 // What consumers read as it came is not given back in the tiles' order.
 static_assert(!kReadsRaw || (kTilesAtATime == kTokenGroups && kRawStages % kTokenGroups == 0),
               "a warpgroup's tiles have producers and raw places of their own");
+// Arrivals that free a raw place: those of who widens, and of the consumers that read it. Of a tile that is widened the
+// former arrive for both. Of one that is read both arrive at its keys' place, but only its readers, for both, at its
+// values': who widens knows by the view that the keys before have been given back, not the values.
+constexpr int kRawReaders = kReadsRaw ? kConsumerWarps / kTokenGroups : 0;
+constexpr int kRawArrivals = kWidenWarps + kRawReaders;
+static_assert(kRawArrivals % kWidenWarps == 0 && (!kReadsRaw || kRawArrivals % kRawReaders == 0), "each arrives for as many");
 // When a tile's view is written, its raw place is free: the tile kRawStages before, of the same warpgroup, is done with or
 // has been widened. Then the one before that, if it was widened too, had the place of one whose keys were done with,
 // kKeyStages earlier. Its view was not, but those of the warpgroup's earlier tiles.

@@ -195,7 +195,7 @@ struct Consumer : Output {
                               });
         }
         __syncwarp();
-        barrier_arrive_warp(s.raw_v_empty[raw.stage]);
+        barrier_arrive_warp(s.raw_v_empty[raw.stage], kRawArrivals / kRawReaders);
         advance_view();
     }
 #endif

@@ -17,12 +17,6 @@ struct RawPlace {
     }
 };
 
-// Arrivals that free a raw place: of all that widen, and of the consumers that read it, for whom the former arrive where
-// the tile is widened.
-constexpr int kRawReaders = kReadsRaw ? kConsumerWarps / kTokenGroups : 0;
-constexpr int kRawArrivals = (kWidenWarps + kRawReaders) * kWarpArrivals;
-static_assert(kRawReaders % kWidenWarps == 0, "each widening warp arrives for as many");
-
 // The rings that producer warps gather float8 rows into.
 struct RawRings {
     using Place = RawPlace;
@@ -36,8 +30,8 @@ struct RawRings {
         barrier_init(s.raw_k_full, kCopyArrivals);
         barrier_init(s.raw_v_full, kCopyArrivals);
         barrier_init(s.view_full, kViewArrivals);
-        barrier_init(s.raw_k_empty, kRawArrivals);
-        barrier_init(s.raw_v_empty, kRawArrivals);
+        barrier_init(s.raw_k_empty, kRawArrivals * kWarpArrivals);
+        barrier_init(s.raw_v_empty, kRawArrivals * kWarpArrivals);
         barrier_init(s.k_full, kWidenWarps * kWarpArrivals);
         barrier_init(s.v_full, kWidenWarps * kWarpArrivals);
         barrier_init(s.q_ordered, kWidenWarps * kWarpArrivals);
@@ -158,8 +152,7 @@ struct Widener {
             next.advance(kTokenGroups);
         } else {
             __syncwarp();  // all lanes have looked
-            barrier_arrive_warp(s.raw_k_empty[raw.stage]);
-            barrier_arrive_warp(s.raw_v_empty[raw.stage]);
+            barrier_arrive_warp(s.raw_k_empty[raw.stage]);  // not the values', see kRawReaders
         }
         raw.advance(1);
         views.advance(1);
@@ -192,7 +185,7 @@ struct Widener {
 #pragma unroll
         for (int pass = 0; pass < kPasses; ++pass) load_shared(words[pass], rows + place.raw_offset_of(pass));
         __syncwarp();
-        barrier_arrive_warp(empty, 1 + kRawReaders / kWidenWarps);
+        barrier_arrive_warp(empty, kRawArrivals / kWidenWarps);
     }
     template <bool kValues>
     __device__ __forceinline__ void store(const Raw& words, u32 tile, Barrier& full) const {

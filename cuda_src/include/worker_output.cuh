@@ -96,6 +96,7 @@ struct Output {
         if (threadIdx.x % kGroupThreads < kWarpSize) {
             int* words = p.counters + item.counter * kRowGroups + row_group * item.pieces;
             const int launch = (load_relaxed(words + item.piece) & kLaunch) + 1 & kLaunch;
+            __syncwarp();  // all lanes have looked: one writes there next
             const bool merges = item.piece < kSlices;
             u32 slices = 0;
 #pragma unroll 1
