@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 from bench import machine, records
 from fasttree_cupy import Capacity, KVTree, plan_decode
+from fasttree_cupy.execution.device import gpu_problem
 from fasttree_cupy.execution.growing import GrowingSchedule
 
 __all__ = ["main"]
@@ -50,6 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="JSON", help="written at the end")
     parser.add_argument("--commit", help="what to record instead of what git says")
     args = parser.parse_args(arguments)
+    problem = gpu_problem()
+    if problem is not None:
+        print(f"bench_growth needs a GPU: {problem}", file=sys.stderr)
+        return 2
 
     Loop(2, args.layers).loop_us(grows=True)  # compiles
     row = measure(args.steps, args.layers)

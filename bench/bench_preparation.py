@@ -1,14 +1,15 @@
-"""Time and memory of planning, from 10 to 1,000,000 nodes. Needs no GPU.
+"""Time of planning and size of the plan, from 10 to 1,000,000 nodes. Needs no GPU.
 
 ::
 
     python -m bench.bench_preparation --output bench/results/preparation.json
 
 Two kinds of trees: ``random``, each node under any earlier one, and ``levels``, four children a node. Four ways to
-plan them: by the documented heuristic from arrays (`KVTree` is built and checked, then planned) and from `KVTreeNode`
+plan them: by FastTree's heuristic from arrays (`KVTree` is built and checked, then planned) and from `KVTreeNode`
 objects, by the tests' oracle of it, in plain Python, as far as that gets, and by the planner of `plan_decode` for an
 H200 from a `KVTree`. Uploading the plan to a GPU is not part of it. First comes ``paper``, the largest tree of
-FastTree's paper, through the whole of `fasttree_preparation`.
+FastTree's paper, through the whole of `fasttree_preparation`. The size is that of the arrays of the heuristic's plan,
+work space not counted.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from typing import Any
 import numpy as np
 
 from bench import machine, records
-from bench.names import megabytes
-from fasttree_cupy import FastTreeParams, KVTree, fasttree_preparation, preset
+from bench.names import readable_size
+from fasttree_cupy import FastTreeParams, KVTree, MetadataTuple, fasttree_preparation, preset
 from fasttree_cupy.planning import balanced
-from fasttree_cupy.planning.greedy import plan
+from fasttree_cupy.planning.greedy import GreedyPlan, plan
 from fasttree_cupy.planning.machine import H200_WORKERS
 from fasttree_cupy.tree import as_tree
 
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     print(
         f"{'tree':<8}{'nodes':>10}{'requests':>10}{'vnodes':>10}{'arrays':>12}{'nodes':>12}{'oracle':>12}"
-        f"{'plan_decode':>12}{'peak':>11}"
+        f"{'plan_decode':>12}{'size':>11}"
     )
     for row in measured(args.most_nodes):
         document["cases"].append(row)
@@ -67,7 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="bench_preparation", description="Time and memory of planning, without GPU.")
+    parser = argparse.ArgumentParser(
+        prog="bench_preparation", description="Time of planning and size of the plan, without GPU."
+    )
     parser.add_argument("--most-nodes", type=int, default=1_000_000, help="size of the largest tree")
     parser.add_argument("--limit-seconds", type=float, help="start no further tree after this time")
     parser.add_argument("--output", type=Path, metavar="JSON", help="written after every tree")
@@ -132,7 +135,7 @@ def settings() -> dict[str, Any]:
     }
 
 
-def make_plan(tree: KVTree) -> Any:
+def make_plan(tree: KVTree) -> GreedyPlan:
     """Our plan of a tree."""
     return plan(tree, **settings())
 
@@ -154,13 +157,13 @@ def plain_python_planner() -> Callable[[KVTree], Any] | None:
 
 
 def measure(kind: str, tree: KVTree) -> dict[str, Any]:
-    """Time and memory of planning one tree."""
+    """Times of planning one tree, and the size of the plan."""
     parent, seqlen, request_node = np.array(tree.parent), np.array(tree.seqlen), np.array(tree.request_node)
 
-    def from_arrays() -> Any:
+    def from_arrays() -> GreedyPlan:
         return make_plan(KVTree(parent, seqlen, request_node))
 
-    made, peak_bytes = peak_memory(from_arrays)
+    made = from_arrays()
     nodes = tree.to_nodes()
     return {
         "kind": kind,
@@ -168,12 +171,17 @@ def measure(kind: str, tree: KVTree) -> dict[str, Any]:
         "requests": tree.batch_size,
         "unique_tokens": tree.unique_tokens,
         "vnodes": sum(made.phase_node_nums),
-        "plan_bytes": sum(array.nbytes for array in made[:9]),
-        "peak_bytes": peak_bytes,
+        "plan_bytes": plan_bytes(made),
         "arrays_ms": median_ms(from_arrays),
         "nodes_ms": median_ms(lambda: make_plan(as_tree(nodes))),
         "plan_decode_ms": median_ms(lambda: make_balanced_plan(tree)),
     }
+
+
+def plan_bytes(made: GreedyPlan) -> int:
+    """Bytes of the arrays that execution reads: the metadata but for its work space."""
+    parts = (part for name, part in made._asdict().items() if name in MetadataTuple._fields)
+    return sum(part.nbytes for part in parts if isinstance(part, np.ndarray))
 
 
 def whole_preparation(tree: KVTree) -> dict[str, Any]:
@@ -205,31 +213,12 @@ def median_ms(call: Callable[[], Any], most: int = 15) -> float:
     return statistics.median(times)
 
 
-def peak_memory(call: Callable[[], Any]) -> tuple[Any, int | None]:
-    """What a call returns, and how much the process grew meanwhile at most; None where Linux does not tell.
-
-    ``tracemalloc`` does not see what compiled code allocates.
-    """
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
-        before = _status_bytes("VmRSS")
-        result = call()
-        return result, max(0, _status_bytes("VmHWM") - before)
-    except OSError:
-        return call(), None
-
-
-def _status_bytes(field: str) -> int:
-    text = Path("/proc/self/status").read_text(encoding="ascii")
-    return 1024 * int(next(line.split()[1] for line in text.splitlines() if line.startswith(field + ":")))
-
-
 def line(row: dict[str, Any]) -> str:
     """A row of the printed table."""
     times = [row.get(f"{name}_ms", math.nan) for name in ("arrays", "nodes", "oracle", "plan_decode")]
     columns = "".join(f"{'-' if math.isnan(ms) else f'{ms:.2f} ms':>12}" for ms in times)
-    peak = megabytes(row["peak_bytes"])
-    return f"{row['kind']:<8}{row['nodes']:>10}{row['requests']:>10}{row['vnodes']:>10}{columns}{peak:>11}"
+    size = readable_size(row["plan_bytes"])
+    return f"{row['kind']:<8}{row['nodes']:>10}{row['requests']:>10}{row['vnodes']:>10}{columns}{size:>11}"
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from bench.floor import LAUNCH_US
 from bench.names import display_name
 from bench.records import median_us
 from bench.summary import against_best, best_peer, best_time, floor_share, geometric_mean, peer_names
@@ -32,7 +33,8 @@ STYLE = {
     "svg.hashsalt": "fasttree-cupy",  # the same data give the same file
 }
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the shapes say the same without colour.
-OURS = {"color": "#D55E00", "marker": "D", "s": 26, "zorder": 4}
+# Ours is hollow: a peer's marker in the same place shows inside it.
+OURS = {"facecolors": "none", "edgecolors": "#D55E00", "marker": "D", "s": 44, "linewidths": 1.3, "zorder": 4}
 PEER_STYLES = (
     {"color": "#0072B2", "marker": "o"},
     {"color": "#009E73", "marker": "^"},
@@ -41,7 +43,7 @@ PEER_STYLES = (
     {"color": "#E69F00", "marker": "P"},
     {"color": "#666666", "marker": "X"},
 )
-BEST_PEER = {"color": "#0072B2", "marker": "o", "s": 18, "zorder": 3}
+BEST_PEER = {"color": "#0072B2", "marker": "o", "s": 18, "linewidths": 0, "zorder": 3}
 SLOWEST_SHOWN = 0.1
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
 
@@ -52,11 +54,6 @@ def speed_figure(document: dict[str, Any], suite: str, own: str) -> Figure:
     speedups = against_best(rows, own, peers)
     won = len(speedups.ratios) - len(speedups.lost)
     name = display_name(own, document)
-    title = (
-        f"{suite}: {name} is {speedups.mean:.2f} times as fast as the best peer of each case (geometric mean), "
-        f"and ahead of it in {won} of {len(speedups.ratios)}.\n"
-        f"Trees: nodes a level above tokens of each. At the left edge: slower than {SLOWEST_SHOWN:g}."
-    )
 
     def speed(contestant: str) -> Callable[[Row], float | None]:
         def value(row: Row) -> float | None:
@@ -65,11 +62,28 @@ def speed_figure(document: dict[str, Any], suite: str, own: str) -> Figure:
 
         return value
 
-    series = [
-        (display_name(peer, document), {"s": 16, "zorder": 3, **style}, speed(peer))
-        for peer, style in zip(peers, _cycled(len(peers)), strict=True)
+    speeds = {peer: [x for row in rows if (x := speed(peer)(row)) is not None] for peer in peers}
+    shown = [peer for peer in peers if geometric_mean(speeds[peer]) >= SLOWEST_SHOWN]  # NaN, of no times, is not
+    notes = ["Trees: nodes a level above tokens of each."]
+    if any(x < SLOWEST_SHOWN for peer in shown for x in speeds[peer]):
+        notes.append(f"At the left edge: slower than {SLOWEST_SHOWN:g}.")
+    if any(len(speeds[peer]) < len(rows) for peer in shown):
+        notes.append("No marker: a peer that could not run, or has no published time.")
+    notes += [
+        f"Not drawn: {display_name(peer, document)}, {geometric_mean(speeds[peer]):.2g} in the mean."
+        for peer in peers
+        if speeds[peer] and peer not in shown
     ]
-    series.append((name, OURS, speed(own)))
+    title = (
+        f"{suite}: {name} (ours) is {speedups.mean:.2f} times as fast as the best peer of each case (geometric mean), "
+        f"and ahead of it in {won} of {len(speedups.ratios)}.\n{' '.join(notes)}"
+    )
+    styles = dict(zip(peers, _cycled(len(peers)), strict=True))
+    series = [
+        (display_name(peer, document), {"s": 16, "zorder": 3, "linewidths": 0, **styles[peer]}, speed(peer))
+        for peer in shown
+    ]
+    series.append((f"{name} (ours)", OURS, speed(own)))
     figure, axes = _tree_panels(rows, series, title, "speed, best peer = 1")
     highest = max([ratio for ratio, _ in speedups.ratios] + [1.2])
     for axis in axes:
@@ -97,9 +111,13 @@ def floor_figure(document: dict[str, Any], suite: str, own: str) -> Figure:
 
     means = [geometric_mean(x for row in rows if (x := share(row)) is not None) for share in (own_share, peer_share)]
     name = display_name(own, document)
-    title = f"{suite}: {name} reaches {means[0]:.2f} of the floor, the best peer of each case {means[1]:.2f}.\n"
-    title += "Trees: nodes a level above tokens of each. Floor: what bandwidth and matrix rate allow."
-    series: list[Series] = [("best peer", BEST_PEER, peer_share), (name, OURS, own_share)]
+    title = (
+        f"{suite}: {name} (ours) reaches {means[0]:.2f} of the floor, the best peer of each case {means[1]:.2f}.\n"
+        "Trees: nodes a level above tokens of each. The floor is an estimate: the longer of two times, reading each "
+        "byte of K, V, Q and O once at the bandwidth that a plain read reached on this GPU, and the products at the "
+        f"rate of a large matrix product, plus {LAUNCH_US:g} us for a launch."
+    )
+    series: list[Series] = [("best peer", BEST_PEER, peer_share), (f"{name} (ours)", OURS, own_share)]
     figure, axes = _tree_panels(rows, series, title, "share of the floor")
     for axis in axes:
         axis.set_xlim(0, 1.03)
@@ -116,7 +134,13 @@ def planning_figure(document: dict[str, Any]) -> Figure:
         "arrays_ms": ("from arrays", "#D55E00", "D", 0),
         "plan_decode_ms": ("plan_decode", "#009E73", "v", -8),
     }
-    largest = max(rows, key=lambda row: (row["nodes"], row["arrays_ms"]))
+    most_nodes = max(row["nodes"] for row in rows)
+    seconds = [
+        row[field] / 1000
+        for row in rows
+        for field in ("arrays_ms", "nodes_ms", "plan_decode_ms")
+        if row["nodes"] == most_nodes
+    ]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.8), layout="constrained")
         axis = figure.subplots()
@@ -131,7 +155,7 @@ def planning_figure(document: dict[str, Any]) -> Figure:
         axis.set_yscale("log")
         axis.set_xlim(right=axis.get_xlim()[1] * 9)  # room for the labels
         axis.set_ylim(top=axis.get_ylim()[1] * 2)
-        axis.xaxis.set_major_locator(FixedLocator([10**k for k in range(1, len(str(largest["nodes"])))]))
+        axis.xaxis.set_major_locator(FixedLocator([10**k for k in range(1, len(str(most_nodes)))]))
         axis.xaxis.set_minor_locator(NullLocator())
         axis.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda nodes, _: f"{nodes:,.0f}"))
@@ -139,7 +163,7 @@ def planning_figure(document: dict[str, Any]) -> Figure:
         axis.set_xlabel("nodes of the tree (solid: random trees; dotted: four children a node)")
         axis.set_ylabel("planning time, ms")
         axis.set_title(
-            f"A tree of {largest['nodes']:,} nodes is planned in {largest['arrays_ms'] / 1000:.2g} s on one core",
+            f"Planning {most_nodes:,} nodes takes {min(seconds):.2g} to {max(seconds):.2g} s on one core",
             loc="left",
             fontsize=9,
         )
@@ -174,7 +198,7 @@ def _tree_panels(rows: list[Row], series: list[Series], title: str, unit: str) -
             for label, style, value in series:
                 points = [(x, trees.index(row["tree"])) for row in shown if (x := value(row)) is not None]
                 xs = [max(x, SLOWEST_SHOWN) if math.isfinite(x) else math.nan for x, _ in points]
-                axis.scatter(xs, [y for _, y in points], label=label, linewidths=0, clip_on=False, **style)
+                axis.scatter(xs, [y for _, y in points], label=label, clip_on=False, **style)
             axis.set_title(f"heads {q}/{kv}", fontsize=8)
             axis.set_xlabel(unit)
             axis.grid(axis="x", color="#DDDDDD", lw=0.6)

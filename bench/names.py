@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["display_name", "megabytes"]
+__all__ = ["display_name", "is_measured", "readable_size"]
 
 NAMES = {
-    "fasttree_cupy_plan": "fasttree-cupy, DecodePlan",
-    "fasttree_cupy": "fasttree-cupy, documented",
+    "fasttree_cupy_plan": "plan_decode",
+    "fasttree_cupy": "FastTree's interface",
     "fasttree_triton": "FastTree (Triton)",
     "flashinfer_cascade": "FlashInfer cascade",
     "flashinfer_decode": "FlashInfer decode",
@@ -20,12 +20,17 @@ NAMES = {
 
 def display_name(name: str, document: dict[str, Any]) -> str:
     """A contestant's name for people; it says where its times were published, not measured."""
-    measured = any(name in row["results"] for row in document["cases"])
-    return NAMES.get(name, name) + ("" if measured else " (published)")
+    return NAMES.get(name, name) + ("" if is_measured(name, document) else " (published)")
 
 
-def megabytes(size: int | None) -> str:
+def is_measured(name: str, document: dict[str, Any]) -> bool:
+    """Whether a contestant ran in any case."""
+    return any(name in row["results"] for row in document["cases"])
+
+
+def readable_size(size: int) -> str:
     """A number of bytes for people."""
-    if size is None:
-        return "-"
-    return "under 1 MB" if size < 1e6 else f"{size / 1e6:.0f} MB"
+    for unit, factor in (("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.{1 if size < 10 * factor else 0}f} {unit}"
+    return f"{size} bytes"

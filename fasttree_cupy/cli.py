@@ -1,5 +1,5 @@
-"""Command line: ``fasttree-cupy demo`` decodes a tree and compares with dense attention, ``plan`` shows how the
-documented heuristic plans it, ``tune`` fits the planners' constants to the GPU, ``info`` shows the machine.
+"""Command line: ``fasttree-cupy demo`` decodes a tree and compares with dense attention, ``plan`` shows how
+FastTree's heuristic plans it, ``tune`` fits the planners' constants to the GPU, ``info`` shows the machine.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -42,6 +43,15 @@ from fasttree_cupy.tuning.store import tuned_file, write
 __all__ = ["demo_rows", "format_table", "info_rows", "main", "plan_rows", "show_rows", "tune_rows"]
 
 LEVELS, TOKENS = [1, 16, 64], [1024, 256, 32]
+OPTIONS = {
+    "num_qo_heads": "--qo-heads",
+    "num_kv_heads": "--kv-heads",
+    "nodes_per_level": "--levels",
+    "tokens_per_level": "--tokens",
+    "kernel is": "--kernel is",
+    "device is": "--device is",
+}
+"""What messages call an argument -> its option here."""
 
 Row = tuple[str, ...]
 
@@ -69,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rows, status = COMMANDS[args.command](args)
     except (ValueError, OSError, MemoryError) as error:
-        parser.error(one_line(error))
+        parser.error(with_options(one_line(error)))
     print(format_table(rows))
     return status
 
@@ -157,9 +167,12 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--kernel", default="auto", choices=cuda.KERNELS, help="stage-1 kernel on a GPU (auto)")
     demo.add_argument("--seed", type=non_negative, default=0, metavar="N", help="of the random Q, K and V (0)")
     demo.add_argument("--repeat", type=positive, default=5, metavar="N", help="timed runs, the median counts (5)")
-    plan = commands.add_parser("plan", help="show how the documented heuristic plans a tree; needs no GPU")
+    plan = commands.add_parser("plan", help="show how FastTree's heuristic plans a tree; needs no GPU")
     add_problem(plan)
-    plan.add_argument("--gpu", default="H100", choices=PRESETS, help="whose tile sizes and thresholds (H100)")
+    plan.add_argument(
+        "--gpu", default="H100", type=gpu_name, metavar="NAME",
+        help=f"whose tile sizes and thresholds: {', '.join(PRESETS)} (H100, which an H200 takes too)",
+    )  # fmt: skip
     plan.add_argument("--plot", metavar="FILE", help="draw the tree and its vnodes into this SVG file")
     tuning = commands.add_parser("tune", help="measure the GPU and fit the planners' constants to it")
     tuning.add_argument("--output", metavar="FILE", help="write here, not to the cache folder, where plans look")
@@ -198,6 +211,17 @@ def non_negative(text: str) -> int:
 
 def one_line(message: object) -> str:
     return " ".join(str(message).split())
+
+
+def with_options(message: str) -> str:
+    """A message in which arguments are called by the options that set them."""
+    return re.sub("|".join(rf"\b{name}\b" for name in OPTIONS), lambda found: OPTIONS[found[0]], message)
+
+
+def gpu_name(text: str) -> str:
+    if text.upper() not in PRESETS:
+        raise argparse.ArgumentTypeError(f"is {text!r}, expected {', '.join(PRESETS)}; an H200 takes H100")
+    return text.upper()
 
 
 def chosen_tree(args: argparse.Namespace) -> KVTree:
@@ -239,8 +263,10 @@ def demo_rows(result: DemoResult) -> list[Row]:
         ("KV tile sizes", *phase_cells(r.kv_tile_sizes, ", ", "adopted, in tokens")),
         ("preparation", *time_cells(r.preparation)),
         ("decode", *time_cells(r.decode)),
-        ("dense attention", duration(r.dense.median), f"{runs(r.dense)}; {r.dense_kind}"),
-        ("speed-up", f"{r.speed_up:.2f}", "dense attention / decode"),
+        ("plan_decode", *time_cells(r.planning)),
+        ("its run", *time_cells(r.run)),
+        ("dense attention", duration(r.dense.median), f"{runs(r.dense)}; the same as decode, but nothing is shared"),
+        ("speed-up", ", ".join(map(two_digits, r.speed_ups)), "dense attention / decode, / run: an indication only"),
         (
             "relative error",
             f"{r.error:.2e}",
@@ -293,6 +319,10 @@ def show_rows(name: str, used: Chosen) -> list[Row]:
 
 def number(value: float) -> str:
     return f"{value:.3g}"
+
+
+def two_digits(value: float) -> str:
+    return f"{float(f'{value:.1e}'):,g}"
 
 
 def percent(part: float) -> str:

@@ -1,4 +1,4 @@
-"""The demo: prepare and decode a tree, and compare time and result with dense attention."""
+"""The demo: prepare and decode a tree in both ways, and compare time and result with dense attention."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from fasttree_cupy.execution.device import resolve_device
 from fasttree_cupy.execution.kernels import MMA_COMPUTE_CAPABILITY
 from fasttree_cupy.metadata import MetadataTuple
 from fasttree_cupy.params import PRESETS, FastTreeParams, GpuPreset
+from fasttree_cupy.plan import plan_decode
 from fasttree_cupy.preparation import fasttree_preparation
 from fasttree_cupy.tree import KVTree
 
@@ -30,8 +31,8 @@ ERROR_BOUNDS = {"float16": 5e-4, "bfloat16": 4e-3}
 """Relative Frobenius errors that a right result stays below; rounding it costs about half of them."""
 MOST_SECONDS = 2.0
 """Repetitions on the CPU stop after this time."""
-CHECKED_ELEMENTS = 2**27
-"""Elements of K that the float64 check reads at most: one or two seconds' work on a core."""
+CHECKED_PRODUCTS = 2**29
+"""Products of Q with K that the float64 check makes at most: a few seconds' work on a core."""
 FLUSH_BYTES, FLUSHES = 2**29, 4
 """Written before each timed run on a GPU: several times the largest L2, and so often that the host, which meanwhile
 queues the run, is done first: the time between the events is the GPU's."""
@@ -56,7 +57,7 @@ class DemoResult:
     device : str
         Where it ran, in words.
     kernel : str
-        Stage-1 kernel: "cpu", "mma" or "plain".
+        Stage-1 kernel of `fasttree_decode`: "cpu", "mma" or "plain".
     num_nodes, num_requests : int
     unique_tokens, summed_tokens : int
         Tokens stored, and the sum over requests of the tokens that each attends to.
@@ -64,13 +65,16 @@ class DemoResult:
         Vnodes of each phase.
     q_tile_sizes, kv_tile_sizes : list of 2 int
         Tile sizes that preparation adopted.
-    preparation, decode, dense : Timing
-    dense_kind : str
-        What was timed as dense attention, in words.
+    preparation, decode : Timing
+        Of `fasttree_preparation` and `fasttree_decode`.
+    planning, run : Timing
+        Of `plan_decode` and of its plan's `run`.
+    dense : Timing
+        Of dense attention: `fasttree_decode` of a plan in which every request reads its whole path by itself.
     checked_requests : int
         Requests compared with dense attention in float64.
     error, error_bound : float
-        Relative Frobenius error of those requests, and what it has to stay below.
+        Relative Frobenius error of those requests, the larger of decode's and run's, and what it has to stay below.
     """
 
     device: str
@@ -84,8 +88,9 @@ class DemoResult:
     kv_tile_sizes: list[int]
     preparation: Timing
     decode: Timing
+    planning: Timing
+    run: Timing
     dense: Timing
-    dense_kind: str
     checked_requests: int
     error: float
     error_bound: float
@@ -96,9 +101,9 @@ class DemoResult:
         return self.summed_tokens / self.unique_tokens if self.unique_tokens else 1.0
 
     @property
-    def speed_up(self) -> float:
-        """Time of dense attention over that of decode."""
-        return self.dense.median / self.decode.median
+    def speed_ups(self) -> list[float]:
+        """Time of dense attention over that of decode, and over that of run."""
+        return [self.dense.median / timing.median for timing in (self.decode, self.run)]
 
     @property
     def passed(self) -> bool:
@@ -118,7 +123,7 @@ def run_demo(
     seed: int = 0,
     repeat: int = 5,
 ) -> DemoResult:
-    """Prepare and decode a tree with random Q, K and V; compare time and result with dense attention.
+    """Prepare and decode a tree in both ways, with random Q, K and V; compare time and result with dense attention.
 
     Parameters
     ----------
@@ -146,14 +151,16 @@ def run_demo(
     heads = num_qo_heads, num_kv_heads, head_dim
     with current_device(place):
         (metadata, params), preparation = time_on_cpu(lambda: prepare(tree, heads, place), repeat)
+        plan, planning = time_on_cpu(lambda: plan_decode(tree, *heads, device=place), repeat)
+        unshared = prepare(tree, heads, place, shared=False)
         q, k, v = random_inputs(tree, heads, DTYPES[dtype], seed)
-        nothing = np.full_like(q, np.nan)  # what decode does not write is seen
-        arrays = [placed(array, place) for array in (q, k, v, nothing)]
-        _, decode = clock(place)(lambda: decode_into(arrays, metadata, params, kernel), repeat)
-        o = on_host(arrays[3]).copy()
-        dense_kind, run_dense = dense_run(tree, heads, place, arrays, kernel)
-        _, dense = clock(place)(run_dense, repeat)
-    checked = checked_requests(tree, num_kv_heads * head_dim)
+        nothing = np.full_like(q, np.nan)  # what a decode does not write is seen
+        *inputs, o, o_run, o_dense = (placed(array, place) for array in (q, k, v, nothing, nothing.copy(), q.copy()))
+        _, decode = clock(place)(lambda: decode_into([*inputs, o], metadata, params, kernel), repeat)
+        _, run = clock(place)(lambda: plan.run(*inputs, o_run), repeat)
+        _, dense = clock(place)(lambda: decode_into([*inputs, o_dense], *unshared, kernel), repeat)
+        outputs = [on_host(array) for array in (o, o_run)]
+    checked = checked_requests(tree, num_qo_heads * head_dim)
     return DemoResult(
         device=device_name(place),
         kernel=stage1_kernel(place, kernel),
@@ -166,10 +173,11 @@ def run_demo(
         kv_tile_sizes=params.TSKs,
         preparation=preparation,
         decode=decode,
+        planning=planning,
+        run=run,
         dense=dense,
-        dense_kind=dense_kind,
         checked_requests=len(checked),
-        error=relative_error(o, (q, k, v), tree, checked),
+        error=relative_error(outputs, (q, k, v), tree, checked),
         error_bound=ERROR_BOUNDS[dtype],
     )
 
@@ -222,19 +230,7 @@ def decode_into(arrays: Sequence[Any], metadata: MetadataTuple, params: FastTree
     fasttree_decode(*arrays, *metadata, params.TSQs, params.TSKs, scale, kernel=kernel)
 
 
-# Dense attention.
-
-
-def dense_run(
-    tree: KVTree, heads: tuple[int, int, int], place: str, arrays: Sequence[Any], kernel: str
-) -> tuple[str, Callable[[], object]]:
-    """Dense attention as one would do it on this device, in words and to call."""
-    if place == "cpu":
-        paths, (q, k, v) = request_paths(tree, range(tree.batch_size)), arrays[:3]
-        return "each request by itself in NumPy, float32", lambda: dense_attention(q, k, v, paths, np.float32)
-    unshared = prepare(tree, heads, place, shared=False)
-    name = "the same kernels without sharing: every node Split-Q"
-    return name, lambda: decode_into(arrays, *unshared, kernel)
+# Dense attention in float64.
 
 
 def request_paths(tree: KVTree, requests: Iterable[int]) -> dict[int, Array]:
@@ -250,35 +246,41 @@ def request_paths(tree: KVTree, requests: Iterable[int]) -> dict[int, Array]:
     return paths
 
 
-def dense_attention(q: Array, k: Array, v: Array, paths: dict[int, Array], dtype: type[np.floating[Any]]) -> Array:
-    """Attention of the requests in `paths`, one after the other, all heads at once; 0 where there is no token."""
-    num_kv_heads = k.shape[1]
-    o = np.zeros((len(paths), *q.shape[1:]), dtype)
+def dense_attention(q: Array, k: Array, v: Array, paths: dict[int, Array]) -> Array:
+    """Attention of the requests in `paths`, one after the other, all heads at once; 0 where there is no token.
+
+    By `einsum`, which takes no threads: those of BLAS, on cores that others use too, can take twenty times as long.
+    """
+    num_kv_heads, head_dim = k.shape[1:]
+    o = np.zeros((len(paths), *q.shape[1:]))
     for out, (request, rows) in zip(o, paths.items(), strict=True):
         if len(rows) == 0:
             continue
-        query = q[request].astype(dtype).reshape(num_kv_heads, -1, q.shape[2]) * dtype(q.shape[2] ** -0.5)
-        weights = query @ k[rows].astype(dtype).transpose(1, 2, 0)
+        query = q[request].astype(np.float64).reshape(num_kv_heads, -1, head_dim) * head_dim**-0.5
+        # Laid out so that sums run along rows.
+        keys = np.ascontiguousarray(k[rows].transpose(1, 0, 2)).astype(np.float64)
+        values = np.ascontiguousarray(v[rows].transpose(1, 2, 0)).astype(np.float64)
+        weights = np.einsum("hgd,htd->hgt", query, keys)
         weights -= weights.max(axis=2, keepdims=True)
         np.exp(weights, out=weights)
         weights /= weights.sum(axis=2, keepdims=True)
-        out[...] = (weights @ v[rows].astype(dtype).transpose(1, 0, 2)).reshape(out.shape)
+        out[...] = np.einsum("hgt,hdt->hgd", weights, values).reshape(out.shape)
     return o
 
 
-def checked_requests(tree: KVTree, elements_per_token: int) -> list[int]:
+def checked_requests(tree: KVTree, products_per_token: int) -> list[int]:
     """Requests to compare in float64: all where that is quick, else some, spread evenly."""
-    affordable = int(CHECKED_ELEMENTS / elements_per_token / max(1.0, float(tree.path_tokens.mean())))
+    affordable = int(CHECKED_PRODUCTS / products_per_token / max(1.0, float(tree.path_tokens.mean())))
     count = min(tree.batch_size, max(1, affordable))
     return [request * tree.batch_size // count for request in range(count)]
 
 
-def relative_error(o: Array, host: Sequence[Array], tree: KVTree, requests: list[int]) -> float:
-    """Frobenius norm of the error over that of the float64 result, over some requests."""
-    expected = dense_attention(host[0], host[1], host[2], request_paths(tree, requests), np.float64)
-    difference = float(np.linalg.norm(o[requests].astype(np.float64) - expected))
-    norm = float(np.linalg.norm(expected))
-    return difference / norm if norm > 0 else difference
+def relative_error(outputs: Sequence[Array], host: Sequence[Array], tree: KVTree, requests: list[int]) -> float:
+    """Frobenius norm of the error over that of the float64 result, over some requests; the largest of the outputs'."""
+    expected = dense_attention(host[0], host[1], host[2], request_paths(tree, requests))
+    norm = float(np.linalg.norm(expected)) or 1.0
+    errors = [float(np.linalg.norm(o[requests].astype(np.float64) - expected)) / norm for o in outputs]
+    return float(np.max(errors))  # NaN stays NaN
 
 
 # Devices and clocks.

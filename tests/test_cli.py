@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fasttree_cupy import cli, demo
 from fasttree_cupy.demo import DemoResult, Timing, run_demo
 from fasttree_cupy.execution.device import gpu_problem
 from fasttree_cupy.explain import explain_plan
+from fasttree_cupy.plan import DecodePlan
 from fasttree_cupy.tree import KVTree
 from tests.reference import dense_attention
 
@@ -37,8 +39,9 @@ RESULT = DemoResult(
     kv_tile_sizes=[32, 128],
     preparation=Timing(9.1, 0.0002, 5),
     decode=Timing(4.2, 0.025, 5),
+    planning=Timing(1.2, 0.0001, 5),
+    run=Timing(0.02, 0.0064, 5),
     dense=Timing(0.1, 0.1, 1),
-    dense_kind="each request by itself",
     checked_requests=6,
     error=2e-4,
     error_bound=5e-4,
@@ -63,11 +66,11 @@ def test_demo_counts_and_passes(dtype: str) -> None:
     assert result.kernel == "cpu"
     assert 0 < result.error < result.error_bound == {"float16": 5e-4, "bfloat16": 4e-3}[dtype]
     assert result.passed
-    for timing in (result.preparation, result.decode, result.dense):
+    for timing in (result.preparation, result.decode, result.planning, result.run, result.dense):
         assert timing.runs == 3
         assert timing.first > 0
         assert timing.median > 0
-    assert result.speed_up == result.dense.median / result.decode.median
+    assert result.speed_ups == [result.dense.median / each.median for each in (result.decode, result.run)]
 
 
 def test_demo_reports_what_preparation_adopted() -> None:
@@ -101,10 +104,9 @@ def test_dense_attention_is_the_references() -> None:
     q, k, v = demo.random_inputs(TREE, (4, 2, 32), np.dtype(np.float16), 3)
     paths = demo.request_paths(TREE, range(TREE.batch_size))
     expected, _ = dense_attention(TREE.parent, TREE.seqlen, TREE.request_node, q, k, v, 32**-0.5)
-    np.testing.assert_allclose(demo.dense_attention(q, k, v, paths, np.float64), expected, rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(demo.dense_attention(q, k, v, paths, np.float32), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(demo.dense_attention(q, k, v, paths), expected, rtol=1e-12, atol=1e-12)
     some = demo.request_paths(TREE, [1, 4])
-    np.testing.assert_allclose(demo.dense_attention(q, k, v, some, np.float64), expected[[1, 4]], rtol=1e-12)
+    np.testing.assert_allclose(demo.dense_attention(q, k, v, some), expected[[1, 4]], rtol=1e-12)
 
 
 @pytest.mark.parametrize("levels", [([1, 2, 6], [40, 20, 10]), ([1, 16, 64], [1024, 256, 32]), ([1, 1, 3], [5, 0, 7])])
@@ -116,14 +118,14 @@ def test_without_sharing_each_request_reads_its_whole_path(levels: tuple[list[in
 
 
 def test_large_trees_are_checked_by_a_spread_of_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert demo.checked_requests(TREE, 64) == list(range(6))
-    monkeypatch.setattr(demo, "CHECKED_ELEMENTS", 3 * 70 * 64)
-    assert demo.checked_requests(TREE, 64) == [0, 2, 4]
+    assert demo.checked_requests(TREE, 4 * 32) == list(range(6))
+    monkeypatch.setattr(demo, "CHECKED_PRODUCTS", 3 * 70 * 4 * 32)
+    assert demo.checked_requests(TREE, 4 * 32) == [0, 2, 4]
     result = run_demo(TREE, **HEADS, device="cpu", repeat=1)
     assert (result.checked_requests, result.passed) == (3, True)
     assert "3 of 6 requests" in cli.format_table(cli.demo_rows(result))
-    monkeypatch.setattr(demo, "CHECKED_ELEMENTS", 1)
-    assert demo.checked_requests(TREE, 64) == [0]
+    monkeypatch.setattr(demo, "CHECKED_PRODUCTS", 1)
+    assert demo.checked_requests(TREE, 4 * 32) == [0]
 
 
 def test_slow_runs_are_repeated_less(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +142,7 @@ def test_demo_on_the_gpu(kernel: str) -> None:
     assert result.passed
     assert result.device.startswith("cuda:")
     assert result.kernel in ("mma", "plain")
-    assert "Split-Q" in result.dense_kind
+    assert result.run.median > 0
     assert result.dense.median > 0
 
 
@@ -170,8 +172,10 @@ def test_demo_rows_say_everything() -> None:
         "KV tile sizes": "32, 128  adopted, in tokens",
         "preparation": "0.200 ms  median of 5 runs; first call, compiles or loads: 9.1 s",
         "decode": "25.0 ms  median of 5 runs; first call, compiles or loads: 4.2 s",
-        "dense attention": "100.0 ms  one run; each request by itself",
-        "speed-up": "4.00  dense attention / decode",
+        "plan_decode": "0.100 ms  median of 5 runs; first call, compiles or loads: 1.2 s",
+        "its run": "6.400 ms  median of 5 runs; first call, compiles or loads: 20.0 ms",
+        "dense attention": "100.0 ms  one run; the same as decode, but nothing is shared",
+        "speed-up": "4, 16  dense attention / decode, / run: an indication only",
         "relative error": "2.00e-04  below the bound of 5e-04, against float64 dense attention, all requests",
     }
 
@@ -208,21 +212,25 @@ def test_demo_runs_the_documented_tree_by_default() -> None:
     assert (tree.num_nodes, tree.batch_size, tree.unique_tokens) == (81, 64, 1024 + 16 * 256 + 64 * 32)
 
 
+@pytest.mark.parametrize("call", ["decode", "run"])
 @pytest.mark.parametrize("fault", ["nan", "scaled", "unwritten"])
 def test_wrong_result_is_exit_status_1(
-    fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    call: str, fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def faulty(q: Any, k: Any, v: Any, o: Any, *rest: Any, **options: Any) -> None:
+    def faulty(right: Callable[..., Any], o: Any, *arguments: Any, **options: Any) -> None:
         if fault == "unwritten":
             return
-        right(q, k, v, o, *rest, **options)
+        right(*arguments, **options)
         if fault == "nan":
             o[0, 0, 0] = np.nan
         else:
             o *= np.float16(1.01)
 
-    right = demo.fasttree_decode
-    monkeypatch.setattr(demo, "fasttree_decode", faulty)
+    decode, run = demo.fasttree_decode, DecodePlan.run
+    if call == "decode":
+        monkeypatch.setattr(demo, "fasttree_decode", lambda *a, **options: faulty(decode, a[3], *a, **options))
+    else:
+        monkeypatch.setattr(DecodePlan, "run", lambda *a: faulty(run, a[4], *a))
     assert cli.main(["demo", *SMALL, "--device", "cpu", "--repeat", "1"]) == 1
     assert "NOT below the bound" in table(capsys.readouterr().out)["relative error"]
 
@@ -240,18 +248,18 @@ def test_wrong_result_is_exit_status_1(
         (["demo", "--tokens", "1,2"], "--levels and --tokens go together"),
         (["demo", "--levels", "1,x", "--tokens", "1,2"], "argument --levels: invalid integers value: '1,x'"),
         (["demo", "--levels", "", "--tokens", "1"], "argument --levels: invalid integers value: ''"),
-        (["demo", "--levels", "1,2", "--tokens", "1"], "tokens_per_level has 1 entries"),
-        (["demo", "--levels", "2,2", "--tokens", "1,1"], "expected a first level of 1 node"),
+        (["demo", "--levels", "1,2", "--tokens", "1"], "--tokens has 1 entries"),
+        (["demo", "--levels", "2,2", "--tokens", "1,1"], "--levels is [2, 2], expected a first level of 1 node"),
         (["demo", "--levels", "1,2", "--tokens", "1,-1"], "expected no negative number"),
-        (["demo", "--qo-heads", "9"], "num_qo_heads is 9, expected a multiple of num_kv_heads, 8"),
-        (["demo", "--qo-heads", "0"], "num_qo_heads is 0"),
-        (["demo", "--kv-heads", "0"], "num_kv_heads is 0"),
+        (["demo", "--qo-heads", "9"], "--qo-heads is 9, expected a multiple of --kv-heads, 8"),
+        (["demo", "--qo-heads", "0"], "--qo-heads is 0"),
+        (["demo", "--kv-heads", "0"], "--kv-heads is 0"),
         (["demo", "--kv-heads", "two"], "argument --kv-heads: invalid int value: 'two'"),
         (["demo", "--head-dim", "80"], "argument --head-dim: invalid choice: "),
         (["demo", "--dtype", "float32"], "argument --dtype: invalid choice: 'float32'"),
         (["demo", "--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
         (["demo", "--kernel", "fast"], "argument --kernel: invalid choice: 'fast'"),
-        (["demo", "--device", "cpu", "--kernel", "mma"], "kernel is 'mma', but the work runs on the CPU"),
+        (["demo", "--device", "cpu", "--kernel", "mma"], "--kernel is 'mma', but the work runs on the CPU"),
         (["demo", "--repeat", "0"], "argument --repeat: is 0, expected 1 or more"),
         (["demo", "--seed", "-1"], "argument --seed: is -1, expected 0 or more"),
         (["plan", "--tree", "no such file"], "No such file or directory: 'no such file'"),
@@ -260,10 +268,11 @@ def test_wrong_result_is_exit_status_1(
         (["plan", "--levels", "1,2"], "--levels and --tokens go together"),
         (["plan", "--levels", "1,2", "--tokens", "1,-1"], "expected no negative number"),
         (["plan", "--levels", "1", "--tokens", "3000000000"], "seqlen[0] is 3000000000"),
-        (["plan", "--qo-heads", "9"], "num_qo_heads is 9, expected a multiple of num_kv_heads, 8"),
-        (["plan", "--kv-heads", "0"], "num_kv_heads is 0"),
+        (["plan", "--qo-heads", "9"], "--qo-heads is 9, expected a multiple of --kv-heads, 8"),
+        (["plan", "--kv-heads", "0"], "--kv-heads is 0"),
         (["plan", "--head-dim", "80"], "argument --head-dim: invalid choice: "),
-        (["plan", "--gpu", "P4"], "argument --gpu: invalid choice: 'P4'"),
+        (["plan", "--gpu", "P4"], "argument --gpu: is 'P4', expected H100, A100, V100"),
+        (["plan", "--gpu", "H200"], "an H200 takes H100"),
         (["plan", "--device", "cpu"], "unrecognized arguments: --device cpu"),
     ],
 )
@@ -275,6 +284,11 @@ def test_wrong_input(arguments: list[str], message: str, capsys: pytest.CaptureF
     assert captured.out == ""
     assert re.fullmatch(r"fasttree-cupy[a-z ]*: error: .*\n", captured.err)
     assert message in captured.err
+
+
+def test_numbers_that_only_indicate_have_two_digits() -> None:
+    numbers = (0.849, 2.34, 9.94, 9.96, 14.4, 117.2, 5362.0)
+    assert [cli.two_digits(number) for number in numbers] == ["0.85", "2.3", "9.9", "10", "14", "120", "5,400"]
 
 
 def test_malformed_tree_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -292,7 +306,7 @@ def test_gpu_asked_for_where_none_is(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit) as stopped:
         cli.main(["demo", "--device", "cuda"])
     assert stopped.value.code == 2
-    assert "device is 'cuda', but " in capsys.readouterr().err
+    assert "--device is 'cuda', but " in capsys.readouterr().err
 
 
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

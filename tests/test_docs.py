@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 import fasttree_cupy as ft
+from bench import records
+from bench.summary import geometric_mean
 from fasttree_cupy.params import preset
 from tests.reference import dense_attention
 from tests.tolerances import assert_close
@@ -36,6 +38,7 @@ def test_lines_on_serving_run_and_are_right() -> None:
     for block in blocks:
         exec(block, names)
     check_the_grown_tree(names)
+    check_the_prompt_that_joined(names)
     # The block before merged a document's tokens with each request's own: one tree holds both.
     names["rng"] = np.random.default_rng(0)  # the guide draws from this seed, in this order
     half = names["half"]
@@ -48,12 +51,32 @@ def test_lines_on_serving_run_and_are_right() -> None:
     np.testing.assert_allclose(names["lse"], expected_lse, rtol=0, atol=1e-4)
 
 
+def test_lines_on_tree_files_run_and_print_what_they_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```", text("TREE_FORMAT.md"), re.MULTILINE | re.DOTALL)
+    (lines,) = (block for language, block in blocks if language == "python")
+    example, printed = (block for language, block in blocks[:3] if language == "text")
+    (tmp_path / "tree.txt").write_text(example, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    exec(lines, {})
+    assert capsys.readouterr().out == printed
+
+
 def check_the_grown_tree(names: dict[str, Any]) -> None:
     paths = [[*range(45), 60, 61, 62], [*range(45), 60, 90, 91]]
     live, rows = [0, names["child"]], np.array(paths).ravel()
     pools = (names["pool_k"][rows], names["pool_v"][rows])
     expected, _ = dense_attention([-1, 0, 0], [0, 48, 48], [1, 2], names["queries"][live], *pools, 64**-0.5)
     assert_close(names["out"][live], expected, np.float16)
+
+
+def check_the_prompt_that_joined(names: dict[str, Any]) -> None:
+    rows, live = [*range(45), *range(60, 72)], [1, names["newcomer"]]
+    pools = (names["pool_k"][rows], names["pool_v"][rows])
+    expected, _ = dense_attention([-1, 0, 0], [0, 45, 12], [1, 2], names["queries_then"][live], *pools, 64**-0.5)
+    assert_close(names["out_then"][live], expected, np.float16)
+    assert not names["out_then"][0].any()
 
 
 def rows_of_table(guide: str, columns: int) -> list[list[str]]:
@@ -107,3 +130,49 @@ def test_configuration_guide_knows_every_parameter() -> None:
         assert f"`{name}`" in guide
     for name in ("para_threshs2", "sm_scale", "logit_cap", "kernel", "stream", "return_lse", "device", "verbose"):
         assert f"`{name}`" in guide
+
+
+# Figures that stand in text by hand are those of the committed result files.
+
+
+def results(name: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = records.load(DOCS.parent / "bench" / "results" / f"{name}.json")["cases"]
+    return rows
+
+
+def times(rows: list[dict[str, Any]], name: str = "fasttree_cupy_plan") -> list[float]:
+    found = [records.median_us(row, name) for row in rows]
+    return [time for time in found if time is not None]
+
+
+def joined(path: Path) -> str:
+    return " ".join(path.read_text(encoding="utf-8").split())
+
+
+def test_figures_of_the_guides() -> None:
+    rows = results("decode_h200")
+    plan, interface = times(rows), times(rows, "fasttree_cupy")
+    assert len(plan) == len(interface) == 125
+    ratio = geometric_mean(a / b for a, b in zip(plan, interface, strict=True))
+    guide, performance = joined(DOCS / "CONFIGURATION_GUIDE.md"), joined(DOCS / "PERFORMANCE_GUIDE.md")
+    assert f"its times are {ratio:.2f} of those of FastTree's interface" in guide
+    assert f"`fasttree_decode` | {1 / ratio:.1f} |" in performance
+    edges = {"below 10": (0, 10), "10 to 30": (10, 30), "30 to 100": (30, 100), "above 100": (100, np.inf)}
+    for name, (low, high) in edges.items():
+        shares = [row["floor_us"] / us for row, us in zip(rows, plan, strict=True) if low <= row["floor_us"] < high]
+        assert f"| {name} us | {geometric_mean(shares):.2f} |" in performance
+    planned = [row["results"]["fasttree_cupy_plan"]["variants"]["auto"]["plan_ms"] for row in rows]
+    assert f"planning takes {min(planned):.2f} to {max(planned):.2f} ms, upload included" in performance
+
+
+def test_figures_of_readmes_limits() -> None:
+    (growth,) = results("growth_h200")
+    readme = joined(DOCS.parent / "README.md")
+    assert f"an update takes the host {growth['host_median_us'] / 1000:.2f} ms in the median" in readme
+    assert f"Over {growth['steps']} steps of {growth['layers']} layers" in readme
+    assert f"were {100 * growth['share']:.1f}% of the kernels' time" in readme
+    assert f"made the loop {100 * growth['loop_overhead_share']:.1f}% longer" in readme
+    eight, sixteen = results("float8_h200"), {row["name"]: row for row in results("bfloat16_h200")}
+    ratios = [a / b for a, b in zip(times([sixteen[row["name"]] for row in eight]), times(eight), strict=True)]
+    spread = f"({min(ratios):.2f} to {max(ratios):.2f};"
+    assert f"{geometric_mean(ratios):.2f} times as fast as bfloat16 ones at 32/32 {spread}" in readme

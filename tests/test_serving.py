@@ -104,7 +104,7 @@ def test_wrong_rows_are_refused(indices: Any, error: type[Exception], message: s
 def test_a_pool_too_small_is_refused() -> None:
     plan = ft.plan_decode(ft.KVTree([-1], [3]), 2, 1, 16, kv_indices=[5, 6, 9], device="cpu")
     q, kv = np.zeros((1, 2, 16), np.float16), np.zeros((9, 1, 16), np.float16)
-    with pytest.raises(ValueError, match="k has 9 rows, expected 10 at least, as kv_indices asks for"):
+    with pytest.raises(ValueError, match="k has 9 rows, expected 10 at least, as the rows of the plan's"):
         plan.run(q, kv, kv)
     assert plan.run(q, np.zeros((12, 1, 16), np.float16), np.zeros((12, 1, 16), np.float16)).shape == (1, 2, 16)
 

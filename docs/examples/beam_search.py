@@ -2,7 +2,7 @@
 
 ::
 
-    python docs/examples/beam_search.py numpy|torch|jax [--device cpu|cuda]
+    python docs/examples/beam_search.py [--framework numpy|torch|jax|cupy] [--device cpu|cuda]
 
 Each step runs the plan once a layer and lets the best hypotheses go on; two may go on from one, so that one forks and
 another ends. A hypothesis has a slot of the plan: its row of queries and outputs. Beside it stands a list of its
@@ -12,13 +12,13 @@ and layers against dense attention.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from frameworks import chosen, host, put
 
 import fasttree_cupy as ft
 
@@ -30,6 +30,7 @@ TOLERANCE = 5e-4
 """Relative Frobenius norm, float16."""
 
 Halves = npt.NDArray[np.float16]
+Floats = npt.NDArray[np.float64]
 Hypotheses = dict[int, list[int]]
 """Slot -> rows of the pool."""
 
@@ -46,15 +47,7 @@ class Pool:
 
     def put(self, array: Halves) -> Any:
         """A copy of an array as the framework's, on the device."""
-        if self.framework == "torch":
-            import torch
-
-            return torch.from_numpy(array.copy()).to(self.device)
-        if self.framework == "jax":
-            import jax
-
-            return jax.device_put(array.copy(), jax.devices("gpu" if self.device == "cuda" else "cpu")[0])
-        return array.copy()
+        return put(array, self.framework, self.device)
 
     def store(self, rng: np.random.Generator, tokens: int) -> list[int]:
         """Write new tokens' K and V, as a model would that had just computed them; returns their rows."""
@@ -74,7 +67,7 @@ class Pool:
         self.free += sorted(set().union(*before) - set().union(*after))
 
 
-def dense_attention(q: Halves, pool: npt.NDArray[Any], rows: Sequence[int]) -> npt.NDArray[np.float64]:
+def dense_attention(q: Halves, pool: npt.NDArray[Any], rows: Sequence[int]) -> Floats:
     """A hypothesis' attention to its own rows, in float64."""
     keys, values = np.repeat(pool[:, list(rows)].astype(np.float64), NUM_QO_HEADS // NUM_KV_HEADS, axis=2)
     scores = np.einsum("hd,khd->hk", q.astype(np.float64), keys) * HEAD_DIM**-0.5
@@ -84,23 +77,23 @@ def dense_attention(q: Halves, pool: npt.NDArray[Any], rows: Sequence[int]) -> n
 
 def decode(
     plan: ft.DecodePlan, pool: Pool, hypotheses: Hypotheses, rng: np.random.Generator
-) -> tuple[dict[int, Halves], float]:
+) -> tuple[dict[int, Floats], float]:
     """The last layer's output of each hypothesis, and the largest error of all layers."""
     errors = []
     for layer in range(LAYERS):
         q = rng.standard_normal((BEAMS, NUM_QO_HEADS, HEAD_DIM)).astype(np.float16)
         out = plan.run(pool.put(q), *pool.arrays[layer])
-        found = np.asarray(out.cpu() if pool.framework == "torch" else out)
+        found = host(out)
         for slot, rows in hypotheses.items():
             expected = dense_attention(q[slot], pool.host[layer], rows)
             errors.append(float(np.linalg.norm(found[slot] - expected) / np.linalg.norm(expected)))
     return {slot: found[slot] for slot in hypotheses}, float(np.max(errors))  # NaN stays NaN
 
 
-def survivors(outputs: dict[int, Halves]) -> list[int]:
+def survivors(outputs: dict[int, Floats]) -> list[int]:
     """The slot that each of the next hypotheses goes on from: the best BEAMS of two continuations of each."""
-    scores = [(float(out.astype(np.float64).sum()), slot) for slot, out in outputs.items()]
-    scores += [(float(out[0].astype(np.float64).sum()), slot) for slot, out in outputs.items()]
+    scores = [(float(out.sum()), slot) for slot, out in outputs.items()]
+    scores += [(float(out[0].sum()), slot) for slot, out in outputs.items()]
     return [slot for _, slot in sorted(scores, reverse=True)[:BEAMS]]
 
 
@@ -116,18 +109,14 @@ def step_on(plan: ft.DecodePlan, hypotheses: Hypotheses, parents: Sequence[int])
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Search; returns the exit status, 1 where a result is wrong."""
-    parser = argparse.ArgumentParser(description="Beam search over a growing tree.")
-    parser.add_argument("framework", choices=("numpy", "torch", "jax"))
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    args = parser.parse_args(arguments)
-
+    framework, device = chosen("Beam search over a growing tree.", arguments)
     rng = np.random.default_rng(0)
-    pool = Pool(args.framework, args.device)
+    pool = Pool(framework, device)
     prompt = pool.store(rng, PROMPT_TOKENS)
     hypotheses: Hypotheses = {0: prompt}
     plan = ft.plan_decode(
         ft.KVTree(parent=[-1], seqlen=[PROMPT_TOKENS]), NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM,
-        kv_indices=prompt, device=args.device, capacity=ft.Capacity(BEAMS, POOL_ROWS),
+        kv_indices=prompt, device=device, capacity=ft.Capacity(BEAMS, POOL_ROWS),
     )  # fmt: skip
     errors, forks = [], 0
     for _ in range(STEPS):

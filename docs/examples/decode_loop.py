@@ -10,13 +10,13 @@ request whose last one is full. Prints the largest error of all steps and layers
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from frameworks import chosen, host, put
 
 import fasttree_cupy as ft
 
@@ -31,37 +31,12 @@ TOLERANCE = 5e-4
 Halves = npt.NDArray[np.float16]
 
 
-def put(array: Halves, framework: str, device: str) -> Any:
-    """A copy of an array as the framework's, on the device."""
-    if framework == "torch":
-        import torch
-
-        return torch.from_numpy(array.copy()).to(device)
-    if framework == "jax":
-        import jax
-
-        return jax.device_put(array.copy(), jax.devices("gpu" if device == "cuda" else "cpu")[0])
-    if framework == "cupy":
-        import cupy
-
-        return cupy.asarray(array)
-    return array.copy()
-
-
 def stored(pool: Any, rows: npt.NDArray[np.int64], new: Any) -> Any:
     """The pool with new tokens in its rows: the same array, but of JAX."""
     if hasattr(pool, "at"):
         return pool.at[rows].set(new)
     pool[rows] = new
     return pool
-
-
-def host(array: Any) -> npt.NDArray[np.float64]:
-    """An array of any framework in host memory."""
-    for copy in ("cpu", "get"):  # torch's and CuPy's
-        if hasattr(array, copy):
-            array = getattr(array, copy)()
-    return np.asarray(array).astype(np.float64)
 
 
 def dense_attention(q: Halves, pool: Halves, paths: Sequence[Sequence[int]]) -> npt.NDArray[np.float64]:
@@ -83,17 +58,12 @@ def new_rows(step: int) -> npt.NDArray[np.int64]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Decode; returns the exit status, 1 where a result is wrong."""
-    parser = argparse.ArgumentParser(description="A decode loop on a plan whose tree grows.")
-    parser.add_argument("--framework", choices=("numpy", "torch", "jax", "cupy"), default="numpy")
-    parser.add_argument("--device", choices=("cpu", "cuda"))
-    args = parser.parse_args(arguments)
-    device = args.device or ("cuda" if args.framework == "cupy" else "cpu")
-
+    framework, device = chosen("A decode loop on a plan whose tree grows.", arguments)
     rng = np.random.default_rng(0)
     batch, token = TREE.batch_size, (NUM_KV_HEADS, HEAD_DIM)
     pools = rng.standard_normal((LAYERS, 2, POOL_ROWS, *token)).astype(np.float16)
     pools[:, :, TREE.unique_tokens :] = np.nan  # what nobody wrote shows in every result that uses it
-    caches = [[put(part, args.framework, device) for part in layer] for layer in pools]
+    caches = [[put(part, framework, device) for part in layer] for layer in pools]
     capacity = ft.Capacity(requests=batch, tokens=TREE.unique_tokens + batch * STEPS)
     plan = ft.plan_decode(TREE, NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM, device=device, capacity=capacity)
     paths = [TREE.request_rows(request).tolist() for request in range(batch)]
@@ -108,9 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             pools[layer][:, rows] = rng.standard_normal((2, batch, *token))
             q = rng.standard_normal((batch, NUM_QO_HEADS, HEAD_DIM)).astype(np.float16)
             for part in range(2):
-                new = put(pools[layer, part, rows], args.framework, device)
+                new = put(pools[layer, part, rows], framework, device)
                 caches[layer][part] = stored(caches[layer][part], rows, new)
-            out = plan.run(put(q, args.framework, device), *caches[layer])
+            out = plan.run(put(q, framework, device), *caches[layer])
             expected = dense_attention(q, pools[layer], paths)
             errors.append(float(np.linalg.norm(host(out) - expected) / np.linalg.norm(expected)))
     worst = float(np.max(errors))  # NaN stays NaN

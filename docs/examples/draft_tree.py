@@ -2,7 +2,7 @@
 
 ::
 
-    python docs/examples/draft_tree.py numpy|torch|jax [--device cpu|cuda]
+    python docs/examples/draft_tree.py [--framework numpy|torch|jax|cupy] [--device cpu|cuda]
 
 A draft model proposes a tree of tokens after a prompt, and the target model verifies all of them in one step: each
 attends to the prompt, to the draft tokens before it on its branch, and to itself. Prints the error against dense
@@ -11,13 +11,12 @@ attention under a causal tree mask.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from frameworks import chosen, host, put
 
 import fasttree_cupy as ft
 
@@ -64,39 +63,22 @@ def masked_attention(q: Floats, k: Floats, v: Floats, mask: npt.NDArray[np.bool_
     return np.einsum("hqk,khd->qhd", weights, values)
 
 
-def put(array: npt.NDArray[Any], framework: str, device: str) -> Any:
-    """An array as the framework's, on the device."""
-    if framework == "torch":
-        import torch
-
-        return torch.from_numpy(array).to(device)
-    if framework == "jax":
-        import jax
-
-        return jax.device_put(array, jax.devices("gpu" if device == "cuda" else "cpu")[0])
-    return array
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Verify a draft tree; returns the exit status, 1 where the result is wrong."""
-    parser = argparse.ArgumentParser(description="Attention of a speculative draft tree.")
-    parser.add_argument("framework", choices=("numpy", "torch", "jax"))
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    args = parser.parse_args(arguments)
-
+    framework, device = chosen("Attention of a speculative draft tree.", arguments)
     tree = draft_tree(PROMPT_TOKENS, DRAFT_PARENTS)
     rng = np.random.default_rng(0)
     rows = PROMPT_TOKENS + len(DRAFT_PARENTS)  # K and V: the prompt's, then one of each draft token
     shapes = [(len(DRAFT_PARENTS), NUM_QO_HEADS, HEAD_DIM), *2 * [(rows, NUM_KV_HEADS, HEAD_DIM)]]
-    host = [rng.standard_normal(shape).astype(np.float16) for shape in shapes]
-    q, k, v = (put(array, args.framework, args.device) for array in host)
+    arrays = [rng.standard_normal(shape).astype(np.float16) for shape in shapes]
+    q, k, v = (put(array, framework, device) for array in arrays)
 
-    plan = ft.plan_decode(tree, NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM, device=args.device)
+    plan = ft.plan_decode(tree, NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM, device=device)
     out = plan.run(q, k, v)
 
-    found = np.asarray(out.cpu() if args.framework == "torch" else out).astype(np.float64)
+    found = host(out)
     mask = causal_tree_mask(PROMPT_TOKENS, DRAFT_PARENTS)
-    expected = masked_attention(*(array.astype(np.float64) for array in host), mask)
+    expected = masked_attention(*(array.astype(np.float64) for array in arrays), mask)
     error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
     print(f"{plan}\n{len(DRAFT_PARENTS)} draft tokens after {PROMPT_TOKENS}: relative error {error:.1e}")
     return 0 if error < TOLERANCE else 1
