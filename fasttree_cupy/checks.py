@@ -27,6 +27,8 @@ __all__ = [
 ]
 
 ELEMENT_DTYPES = ("float16", "bfloat16")
+MADE_WHERE_NONE = ("o", "out", "workspace")
+"""Arguments that are written, in whose place None asks for a new array."""
 FLOAT8_DTYPES = tuple(FLOAT8_NAMES)
 FLOAT32_TINY, FLOAT32_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 """The smallest normal number and the largest: the kernels compute in float32."""
@@ -90,7 +92,7 @@ def check_output(o: ArrayView, q: ArrayView, name: str = "o") -> None:
     check_same(name, "device", o.device, q.device)
     check_same(name, "shape", o.shape, q.shape)
     check_writable(name, o)
-    if any(length > 1 and stride == 0 for length, stride in zip(o.shape, o.strides, strict=True)):
+    if overlaps(o):
         raise ValueError(f"{name} has strides {o.strides} in elements, expected no two elements in one place")
 
 
@@ -116,7 +118,8 @@ def check_writable(name: str, view: ArrayView) -> None:
     if view.writable:
         return
     if view.framework == "jax":
-        raise TypeError(f"{name} is a JAX array, which cannot be written, expected None to get a new one")
+        instead = "None to get a new one" if name in MADE_WHERE_NONE else "an array of another framework"
+        raise TypeError(f"{name} is a JAX array, which cannot be written, expected {instead}")
     raise ValueError(f"{name} is read-only, expected an array that can be written")
 
 
@@ -132,6 +135,18 @@ def check_workspace(view: ArrayView, num_bytes: int) -> None:
         raise ValueError(
             f"workspace starts at address {view.pointer:#x}, expected a multiple of {WORKSPACE_ALIGNMENT} bytes"
         )
+
+
+def overlaps(view: ArrayView) -> bool:
+    """Whether two elements may lie in one place: an axis' steps do not lead beyond what smaller steps span."""
+    if 0 in view.shape:
+        return False
+    span = 0
+    for step, length in sorted(zip(map(abs, view.strides), view.shape, strict=True)):
+        if length > 1 and step <= span:
+            return True
+        span += step * (length - 1)
+    return False
 
 
 def is_contiguous(view: ArrayView) -> bool:

@@ -25,6 +25,8 @@ from fasttree_cupy.params import checked_pair
 __all__ = ["fasttree_decode"]
 
 INPUT_NAMES = ("q", "k_buffer", "v_buffer")
+GAPS = (*INPUT_NAMES, "o")
+"""What may be named although positional arguments follow."""
 ARRAY_NAMES = MetadataTuple._fields[:11]
 MID_NAMES = ("mid_o", "mid_lse")
 MOST_KV_HEADS = 65535
@@ -34,17 +36,17 @@ MID_ALIGNMENT = 16
 
 
 def fills_gaps(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let positional arguments fill, in order, the parameters that no keyword names.
+    """Let positional arguments leave out those of q, k_buffer, v_buffer and o that keywords name.
 
     The API reference calls ``fasttree_decode(q=q, ..., o=o, *metadata, phase_q_tile_sizes=...)``. Python hands the 13
-    metadata values over as the first positional arguments, where they would clash with q, k_buffer, v_buffer and o.
+    metadata values over as the first positional arguments, where they would clash with these four.
     """
     code = function.__code__
     names = code.co_varnames[: code.co_argcount]
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        free = [name for name in names if name not in kwargs]
+        free = [name for name in names if name not in kwargs or name not in GAPS]
         if len(args) > len(free):
             raise TypeError(
                 f"{function.__name__}() takes {len(names)} positional arguments, "
@@ -83,6 +85,8 @@ def fasttree_decode(
     kernel: str = "auto",
 ) -> Any:
     """Attend every request to the tokens on its path, and write the result to ``o``.
+
+    That is ``softmax(cap(sm_scale * q k^T)) v`` over these tokens, where ``cap`` is that of `logit_cap`.
 
     All arrays lie on one device, a GPU or the CPU, and that is where the work runs. They may come from NumPy, CuPy,
     torch, JAX or any library with ``__dlpack__``; nothing is copied. On a GPU the call only queues work.

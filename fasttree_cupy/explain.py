@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from fasttree_cupy.compiled import njit
 from fasttree_cupy.params import FastTreeParams, checked_heads, preset
 from fasttree_cupy.planning.greedy import GreedyPlan, plan
 from fasttree_cupy.tree import KVTree
@@ -118,14 +118,14 @@ def _vnodes(made: GreedyPlan, rows: Int64Array) -> Int64Array:
     return np.stack(phases, axis=1).astype(np.int64)
 
 
-@njit(cache=True)
+@njit
 def _sum_subtrees(parent: Int32Array, order: Int32Array, sums: Int64Array) -> None:
     for node in order[:0:-1]:
         for column in range(sums.shape[1]):
             sums[parent[node], column] += sums[node, column]
 
 
-@njit(cache=True)
+@njit
 def _covered(parent: Int32Array, seqlen: Int64Array, order: Int32Array, assigned: Int32Array) -> Int64Array:
     covered = seqlen.copy()
     for node in order[1:]:

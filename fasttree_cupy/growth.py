@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from fasttree_cupy.capacity import Capacity
+from fasttree_cupy.compiled import njit
 from fasttree_cupy.execution import cuda, streams
 from fasttree_cupy.execution.growing import GrowingSchedule
 from fasttree_cupy.execution.plan_memory import PlanMemory
@@ -62,7 +62,9 @@ def grow(
     index = int(device.removeprefix("cuda:"))
     machine = constants_of(index).workers
     plan = GrowingPlan(growing, heads // kv_heads, kv_heads, head_dim, cuda.multiprocessors(index), machine)
-    return Growth(growing, device, make, turns, GrowingSchedule(plan, head_dim, device))
+    with streams.use_device(index):  # where its events and its page-locked memory belong
+        following = GrowingSchedule(plan, head_dim, device)
+    return Growth(growing, device, make, turns, following)
 
 
 class Growth:
@@ -91,6 +93,7 @@ class Growth:
         self._following = following
         self._made: Schedule | None = following
         self._append_call: AppendCall | None = None
+        self._is_behind = False  # whether the arrays on the GPU may lack a change of the tree: following it failed
 
     @property
     def follows(self) -> bool:
@@ -133,7 +136,7 @@ class Growth:
         same CUDA context.
         """
         call, following = self._append_call, self._following
-        if call is None or following is None or self._device is None:
+        if call is None or following is None or self._device is None or self._is_behind:
             return False
         if type(rows) is not np.ndarray or rows.shape != call.rows.shape or rows.dtype.char not in "ilq":
             return False
@@ -148,11 +151,13 @@ class Growth:
             if edits == REFUSED:
                 return False
             need(highest + 1)
+            self._is_behind = True
             if edits != TO_PLAN:
                 following.edits.edit_again(edits, following.plan.state.edits, handle)
             else:
                 following.plan.plan_anew()
                 following.follow(False, memory, streams.WorkStream.of(None, self.framework, self._device))
+            self._is_behind = False
         return True
 
     def fork(self, requests: Any, stream: Any, memory: PlanMemory) -> Int32Array:
@@ -202,8 +207,14 @@ class Growth:
                 raise ValueError("stream is being captured, expected changes of the tree between a graph's replays")
             with self._turns.lock:
                 self._turns.wait(work)
-                self._following.follow(change(), memory, work)
-                self._turns.readers.add(work, memory.home, self._turns.end(work))
+                was_behind = self._is_behind
+                if was_behind:
+                    self._following.plan.plan_anew()
+                self._is_behind = True
+                fits = change()
+                self._following.follow(fits and not was_behind, memory, work)
+                self._is_behind = False
+                self._turns.readers.add(work, memory, self._turns.end(work))
             if memory.borrowed:
                 work.keep_borrowed((memory.workspace,))
 
@@ -237,7 +248,7 @@ def checked_new_rows(rows: Any, num_requests: int) -> tuple[Int32Array, int]:
     return whole.astype(np.int32, copy=False).reshape(num_requests, *array.shape[1:] or (1,)), most
 
 
-@njit(cache=True)
+@njit
 def highest_row(rows: npt.NDArray[Any]) -> int:
     """The highest of `rows`, -1 where there is none, `MOST_ROWS` where one is negative, as uint64 may have become."""
     most = -1

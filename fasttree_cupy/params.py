@@ -7,8 +7,9 @@ import numbers
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,15 @@ _RECOMMENDED = {
 }
 
 
-@dataclass(slots=True)
+_CLASS_VALUE: Any = ...
+"""Stands for an argument that is not given: the class, which may be a subclass, has its value."""
+
+
+class _Adopted(list[int]):
+    """Tile sizes that this package chose: setting them does not warn, nor does setting a copy."""
+
+
+@dataclass(init=False)
 class FastTreeParams:
     """Cost weights and tile sizes, checked whenever one is set.
 
@@ -51,15 +60,42 @@ class FastTreeParams:
     Setting a value that is not a finite number, or not a pair of positive integers, raises TypeError or
     ValueError; a value outside its recommended range gives a UserWarning; an unknown name raises
     AttributeError. Lists are copied. ``fasttree_preparation`` may replace ``TSQs`` and ``TSKs`` by the tile
-    sizes that it adopted.
+    sizes that it adopted. Arguments left out are the attributes of the class; a subclass may have others.
+
+    The heuristic is that of FastTree (MLSys 2025). From the root down it compares, for each child of a node, two ways
+    to attend to the node's tokens, those that it took along from its ancestors among them: on their own
+    (Split-K), or again by the child's requests together with its own tokens (Split-Q). With n, t the requests and
+    tokens of the node and m, s those of the child, Split-Q is chosen where ::
+
+        cost(n, t) + cost(m, s) + gamma * m  >  cost(n - m, t) + cost(m, s + t)
+
+    and n then counts m requests fewer for the children that follow. The cost of q requests that attend to l tokens
+    is that of padding them to the tiles of their phase p, 0 where ``q > TSQs[1]``, else 1::
+
+        cost(q, l) = kv_group_num * (alpha * pad_q * l + beta * pad_l * q)
+        pad_q = -q % TSQs[p]
+        pad_l = max(0, TSKs[p] - l)
     """
 
     alpha: float = 0.66
     beta: float = 0.33
     gamma: float = 0.1
-    TSQs: list[int] = field(default_factory=lambda: [64, 16])
-    TSKs: list[int] = field(default_factory=lambda: [32, 128])
+    TSQs: list[int] = (64, 16)  # type: ignore[assignment]  # an instance has a list of its own
+    TSKs: list[int] = (32, 128)  # type: ignore[assignment]
     kv_group_num: int = 1
+
+    def __init__(
+        self,
+        alpha: float = _CLASS_VALUE,
+        beta: float = _CLASS_VALUE,
+        gamma: float = _CLASS_VALUE,
+        TSQs: Sequence[int] = _CLASS_VALUE,
+        TSKs: Sequence[int] = _CLASS_VALUE,
+        kv_group_num: int = _CLASS_VALUE,
+    ) -> None:
+        given = (alpha, beta, gamma, TSQs, TSKs, kv_group_num)
+        for name, value in zip(_CHECKED_NAMES, given, strict=True):
+            setattr(self, name, getattr(type(self), name) if value is _CLASS_VALUE else value)
 
     def __setattr__(self, name: str, value: object) -> None:
         if name not in _CHECKED_NAMES:
@@ -68,16 +104,50 @@ class FastTreeParams:
         _warn_outside_recommended(name, checked)
         object.__setattr__(self, name, checked)
 
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Restore a copied or pickled state: about its values there was a warning when they were set."""
+        for name, value in state.items():
+            object.__setattr__(self, name, _checked(name, value))
+
     @classmethod
     def for_gpu(cls, name: str, kv_group_num: int = 1) -> FastTreeParams:
-        """Parameters with the tile sizes that suit a GPU (a name in ``PRESETS``) and a GQA group."""
+        """Parameters with the tile sizes that suit a GPU and a GQA group.
+
+        Parameters
+        ----------
+        name : str
+            A name in ``PRESETS``, in upper or lower case.
+        kv_group_num : int
+            Query heads that share one KV head.
+
+        Raises
+        ------
+        TypeError, ValueError
+            There is no preset of this name, or `kv_group_num` is no positive integer.
+        """
         chosen = preset(name)
         params = cls(kv_group_num=kv_group_num)
         params.adopt_tile_sizes(chosen.q_tile_sizes(params.kv_group_num), chosen.kv_tile_sizes)
         return params
 
     def set_values(self, alpha: float, beta: float, gamma: float) -> None:
-        """Set the three cost weights; none is set where one is refused."""
+        """Set the three cost weights; none is set where one is refused.
+
+        Parameters
+        ----------
+        alpha, beta, gamma : float
+            See the class.
+
+        Raises
+        ------
+        TypeError, ValueError
+            One is no number, or not finite.
+
+        Warns
+        -----
+        UserWarning
+            One is outside its recommended range.
+        """
         values = {"alpha": alpha, "beta": beta, "gamma": gamma}
         for name, value in values.items():
             _checked(name, value)
@@ -85,21 +155,75 @@ class FastTreeParams:
             setattr(self, name, value)
 
     def set_kv_group_num(self, kv_group_num: int) -> None:
-        """Set the number of query heads that share one KV head."""
+        """Set the number of query heads that share one KV head.
+
+        Parameters
+        ----------
+        kv_group_num : int
+            Query heads that share one KV head.
+
+        Raises
+        ------
+        TypeError, ValueError
+            It is no positive integer.
+        """
         self.kv_group_num = kv_group_num
 
     def set_q_tile_sizes(self, TSQs: Sequence[int]) -> None:
-        """Set the query tile sizes of both phases."""
+        """Set the query tile sizes of both phases.
+
+        Parameters
+        ----------
+        TSQs : sequence of 2 int
+            ``[phase 0, phase 1]`` in requests, the first no smaller than the second.
+
+        Raises
+        ------
+        TypeError, ValueError
+            They are no such integers, or not positive.
+
+        Warns
+        -----
+        UserWarning
+            The first is outside its recommended range.
+        """
         self.TSQs = TSQs  # type: ignore[assignment]  # any sequence is copied into a list
 
     def set_kv_tile_sizes(self, TSKs: Sequence[int]) -> None:
-        """Set the KV tile sizes of both phases."""
+        """Set the KV tile sizes of both phases.
+
+        Parameters
+        ----------
+        TSKs : sequence of 2 int
+            ``[phase 0, phase 1]`` in tokens.
+
+        Raises
+        ------
+        TypeError, ValueError
+            They are not two positive integers.
+
+        Warns
+        -----
+        UserWarning
+            One is outside the recommended range.
+        """
         self.TSKs = TSKs  # type: ignore[assignment]  # any sequence is copied into a list
 
     def adopt_tile_sizes(self, TSQs: Sequence[int], TSKs: Sequence[int]) -> None:
-        """Set all tile sizes without a warning: for sizes that this package chose itself."""
-        for name, value in {"TSQs": _checked("TSQs", TSQs), "TSKs": _checked("TSKs", TSKs)}.items():
-            object.__setattr__(self, name, value)
+        """Set all tile sizes without a warning: for sizes that this package chose itself.
+
+        Parameters
+        ----------
+        TSQs, TSKs : sequence of 2 int
+            See the class.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As setting them would; neither is set.
+        """
+        q_tiles, kv_tiles = _Adopted(_tile_sizes(TSQs, "TSQs")), _Adopted(_tile_sizes(TSKs, "TSKs"))
+        self.TSQs, self.TSKs = q_tiles, kv_tiles
 
     def check(self) -> None:
         """Check all values again: the lists of tile sizes can be changed in place.
@@ -167,11 +291,11 @@ def _tile_sizes(value: object, name: str) -> list[int]:
     sizes = checked_pair(value, name)
     if name == "TSQs" and sizes[0] < sizes[1]:
         raise ValueError(f"TSQs is {sizes}, expected TSQs[0] >= TSQs[1]")
-    return sizes
+    return _Adopted(sizes) if isinstance(value, _Adopted) else sizes
 
 
 def _warn_outside_recommended(name: str, value: float | int | list[int]) -> None:
-    if name not in _RECOMMENDED:
+    if name not in _RECOMMENDED or isinstance(value, _Adopted):
         return
     low, high = _RECOMMENDED[name]
     # The second query tile size may be small: the tables recommend down to 1.
@@ -225,7 +349,18 @@ class GpuPreset:
     kv_split_sizes: tuple[int, int] = (1024, 128)
 
     def q_tile_sizes(self, kv_group_num: int) -> tuple[int, int]:
-        """Query tile sizes ``(phase 0, phase 1)`` for a GQA group."""
+        """Query tile sizes ``(phase 0, phase 1)`` for a GQA group.
+
+        Parameters
+        ----------
+        kv_group_num : int
+            Query heads that share one KV head.
+
+        Raises
+        ------
+        TypeError, ValueError
+            It is no positive integer.
+        """
         group = checked_int(kv_group_num, "kv_group_num")
         if group in self.q_tiles_by_group:
             return self.q_tiles_by_group[group]
@@ -245,15 +380,22 @@ PRESETS: Mapping[str, GpuPreset] = MappingProxyType(
 
 
 def preset(name: str) -> GpuPreset:
-    """The preset of a GPU by its name, in upper or lower case.
+    """The preset of a GPU by its name.
+
+    Parameters
+    ----------
+    name : str
+        A name in ``PRESETS``, in upper or lower case.
 
     Raises
     ------
+    TypeError
+        `name` is no string.
     ValueError
         There is no preset of this name.
     """
     if not isinstance(name, str):
         raise TypeError(f"name is {name!r}, expected one of {', '.join(PRESETS)}")
     if name.upper() not in PRESETS:
-        raise ValueError(f"name is {name!r}, expected one of {', '.join(PRESETS)}")
+        raise ValueError(f"name is {name!r}, expected one of {', '.join(PRESETS)}; an H200 uses H100")
     return PRESETS[name.upper()]

@@ -34,7 +34,7 @@ from fasttree_cupy.growth import MOST_ROWS, Growth, grow
 from fasttree_cupy.integers import int_vector
 from fasttree_cupy.params import FastTreeParams, checked_heads, preset
 from fasttree_cupy.planning import balanced, greedy, subtree
-from fasttree_cupy.scales import checked_scale
+from fasttree_cupy.scales import checked_scale, largest
 from fasttree_cupy.tree import KVTree, KVTreeNode, as_tree
 from fasttree_cupy.tuning.chosen import constants_of
 
@@ -159,7 +159,7 @@ class DecodePlan:
         self._place = (kind, int(index or 0))
         self.memory: PlanMemory | None = None
         self._turns = Turns()
-        weakref.finalize(self, self._turns.readers.let_go).atexit = False
+        weakref.finalize(self, self._turns.let_go).atexit = False
         self._checked_inputs: tuple[Any, ...] = ()
         self._checked_output: tuple[Any, ...] = ()
         self._last: Repeat | None = None
@@ -240,7 +240,7 @@ class DecodePlan:
         k_scale: Any = None,
         v_scale: Any = None,
     ) -> Any:
-        """Attend every request to the tokens on its path.
+        """Attend every request to the tokens on its path: ``softmax(cap(sm_scale * q k^T)) v`` over these.
 
         Parameters
         ----------
@@ -304,8 +304,7 @@ class DecodePlan:
             self._check(q_view, k_view, v_view, num_tokens)
             k_factor = checked_scale("k_scale", k_scale, k_view, work)
             v_factor = checked_scale("v_scale", v_scale, v_view, work)
-            if isinstance(k_factor, float):
-                checked_float(scale * k_factor, "sm_scale times k_scale")
+            checked_float(scale * largest(k_factor), "sm_scale times k_scale")
             result = arrays.empty(q_view.shape, q_view.dtype, q_view) if out is None else out
             o_view = arrays.view("out", result, work)
             if out is not None:
@@ -325,18 +324,36 @@ class DecodePlan:
 
     @property
     def live(self) -> npt.NDArray[np.int32]:
-        """Slots of the requests of a tree that can grow, ascending: int32 (B,), read-only."""
+        """Slots of the requests of a tree that can grow, ascending: int32 (B,), read-only.
+
+        Raises
+        ------
+        ValueError
+            The plan was made without a capacity.
+        """
         return self._growing().tree.live
 
     @property
     def tree(self) -> KVTree:
-        """The tree that can grow as it stands; request i is the one in slot ``live[i]``."""
-        return self._growing().tree.snapshot()[0]
+        """The tree that can grow as it stands; request i is the one in slot ``live[i]``.
+
+        Raises
+        ------
+        ValueError
+            The plan was made without a capacity.
+        """
+        return self._snapshot()[0]
 
     @property
     def kv_indices(self) -> npt.NDArray[np.int32]:
-        """Rows of K and V of the tokens of `tree`, as `plan_decode` takes them: int32 (unique_tokens,)."""
-        return self._growing().tree.snapshot()[1]
+        """Rows of K and V of the tokens of `tree`, as `plan_decode` takes them: int32 (unique_tokens,).
+
+        Raises
+        ------
+        ValueError
+            The plan was made without a capacity.
+        """
+        return self._snapshot()[1]
 
     def append(self, rows: Any, requests: Any = None, *, stream: Any = None) -> None:
         """Add tokens to the ends of requests' paths.
@@ -401,6 +418,11 @@ class DecodePlan:
         """
         self._growing().finish(requests, stream, self._placed())
 
+    def _snapshot(self) -> tuple[KVTree, npt.NDArray[np.int32]]:
+        growth = self._growing()
+        with self._turns.lock:  # no other thread changes the tree meanwhile
+            return growth.tree.snapshot()
+
     def _need(self, rows: int) -> None:
         self.num_tokens = max(self.num_tokens, rows)
 
@@ -417,13 +439,14 @@ class DecodePlan:
         with self._turns.lock:
             schedule = self._growth.schedule()
             if schedule is not self.schedule:
+                memory = schedule.needs.place(None, work)  # which may fail: then the next run tries again
                 self.schedule = schedule
-                self._use(schedule.needs.place(None, work))
+                self._use(memory)
             return schedule, self._placed()
 
     def _use(self, memory: PlanMemory) -> None:
         """Have the plan's next runs use this memory; streams that still use what it had before keep that."""
-        self._turns.readers.let_go()
+        self._turns.let_go()
         self.memory = self._turns.readers.memory = memory
         self._last = None
 
@@ -451,6 +474,7 @@ class DecodePlan:
         """Run the schedule on checked arrays; returns how to do it again (see `Schedule.run`), and its memory."""
         schedule, memory = self._ready(work)
         if work is None:
+            self._check_rows(operands.k.shape[0], self.num_tokens)  # another thread may have grown the tree meanwhile
             return schedule.run(operands, memory, None), memory
         rows, queue = operands.k.shape[0], partial(schedule.run, operands, memory)
         return self._queue(queue, rows, memory, operands.views(), work), memory
@@ -473,7 +497,7 @@ class DecodePlan:
                 self._turns.wait(work)
             made = queue(work)
             behind = self._turns.end(work) if memory.shared else None
-            self._turns.readers.add(work, memory.home, behind)
+            self._turns.readers.add(work, memory, behind)
         if borrowed or memory.borrowed:
             work.keep_borrowed((*borrowed, memory.workspace) if memory.borrowed else borrowed)
         return made
@@ -493,7 +517,9 @@ class DecodePlan:
 
     def _check_rows(self, rows: int, num_tokens: int) -> None:
         if self.from_pool and rows < num_tokens:
-            raise ValueError(f"k has {rows} rows, expected {num_tokens} at least, as kv_indices asks for")
+            raise ValueError(
+                f"k has {rows} rows, expected {num_tokens} at least, as the rows of the plan's tokens ask for"
+            )
 
     def _check_output(self, out: ArrayView, q: ArrayView) -> None:
         """Check the caller's output against the queries, unless the last run's were like them."""

@@ -11,7 +11,7 @@ from fasttree_cupy.checks import FLOAT8_DTYPES, FLOAT32_TINY, check_same, checke
 from fasttree_cupy.execution import arrays, streams
 from fasttree_cupy.execution.arrays import ArrayView
 
-__all__ = ["checked_scale"]
+__all__ = ["checked_scale", "largest"]
 
 
 def checked_scale(
@@ -59,6 +59,13 @@ def checked_scale(
         raise ValueError(f"{name} has strides {view.strides} in elements, expected a contiguous array")
     if view.device[0] == "cpu":
         factors = arrays.as_numpy(view)
-        if not np.all(np.isfinite(factors) & (factors > 0)):
+        if not np.all(np.isfinite(factors) & (factors >= FLOAT32_TINY)):
             raise ValueError(f"{name} holds {factors}, expected positive finite factors")
     return view
+
+
+def largest(factor: float | arrays.ArrayView) -> float:
+    """The largest of factors that `checked_scale` returned; 0 where that would need a device synchronisation."""
+    if isinstance(factor, float):
+        return factor
+    return float(arrays.as_numpy(factor).max(initial=0)) if factor.device[0] == "cpu" else 0.0

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from fasttree_cupy.compiled import njit
 from fasttree_cupy.integers import flat_int64, int_vector
 from fasttree_cupy.params import checked_int
 from fasttree_cupy.tree_building import tree_of_block_tables, tree_of_sequences
@@ -33,9 +33,9 @@ _INT32_MAX = 2**31 - 1
 _NODE_FIELDS = ("parent", "id", "seqlen", "num_children")
 
 
-@dataclass(slots=True)
+@dataclass
 class KVTreeNode:
-    """One node of a KV tree.
+    """One node of a KV tree; compared by its fields, hashed by identity.
 
     Attributes
     ----------
@@ -57,6 +57,8 @@ class KVTreeNode:
     num_children: int = 0
     requests: list[int] = field(default_factory=list)
 
+    __hash__ = object.__hash__
+
 
 @dataclass(frozen=True, init=False, eq=False)
 class KVTree:
@@ -75,11 +77,15 @@ class KVTree:
     Attributes
     ----------
     parent : int32 (N,)
+        Id of each node's parent, -1 for the root.
     seqlen : int64 (N,)
+        Tokens that each node itself holds.
     request_node : int32 (B,)
+        Node at which each request's path ends.
     breadth_first : int32 (N,)
-        Node ids, the root first, level by level, siblings in id order
+        Node ids, the root first, level by level, siblings in id order.
     num_children : int32 (N,)
+        Nodes that name each node as their parent.
 
     Raises
     ------
@@ -127,9 +133,21 @@ class KVTree:
             values.flags.writeable = False
             object.__setattr__(self, name, values)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copied or pickled tree, whose arrays NumPy has made writable."""
+        for values in state.values():
+            if isinstance(values, np.ndarray):
+                values.flags.writeable = False
+        self.__dict__.update(state)
+
     @classmethod
     def from_nodes(cls, nodes: Sequence[KVTreeNode]) -> KVTree:
         """Build from node objects whose ``requests`` are filled.
+
+        Parameters
+        ----------
+        nodes : sequence of KVTreeNode
+            One object a node, in the order of their ids. Any objects with the same attributes serve.
 
         Raises
         ------
@@ -196,6 +214,14 @@ class KVTree:
             Number of nodes of each level; the first is 1.
         tokens_per_level : sequence of int
             Tokens of each node of a level.
+
+        Raises
+        ------
+        TypeError
+            An argument holds something other than integers.
+        ValueError
+            The first level has not 1 node, a level has none, a number of tokens is negative, or the arguments are not
+            equally long.
         """
         sizes = int_vector(nodes_per_level, "nodes_per_level")
         tokens = int_vector(tokens_per_level, "tokens_per_level")
@@ -280,10 +306,15 @@ class KVTree:
     def from_file(cls, path: str | os.PathLike[str]) -> KVTree:
         """Read a tree file; each leaf, in node order, gets one request.
 
+        Parameters
+        ----------
+        path : str or path-like
+            The file; ``docs/TREE_FORMAT.md`` describes it.
+
         Raises
         ------
-        FileNotFoundError
-            There is no such file.
+        OSError
+            The file cannot be read; FileNotFoundError: there is none.
         ValueError
             The file is malformed or holds no tree; the message names file and line.
         """
@@ -300,8 +331,15 @@ class KVTree:
     def to_file(self, path: str | os.PathLike[str]) -> None:
         """Write a tree file.
 
+        Parameters
+        ----------
+        path : str or path-like
+            The file, which is replaced if there is one.
+
         Raises
         ------
+        OSError
+            The file cannot be written.
         ValueError
             The requests are not the leaves in node order: a tree file cannot say so.
         """
@@ -366,6 +404,11 @@ class KVTree:
     def request_rows(self, request: int) -> Int64Array:
         """Rows of K and V that a request attends to, in the order of its tokens: int64 (path_tokens[request],).
 
+        Parameters
+        ----------
+        request : int
+            0 to batch_size - 1.
+
         Raises
         ------
         TypeError, ValueError
@@ -397,13 +440,18 @@ def fill_requests(tree_info: Sequence[KVTreeNode]) -> None:
 
     Nothing changes where any node lists requests already, so a second call is harmless.
 
+    Parameters
+    ----------
+    tree_info : sequence of KVTreeNode
+        One object a node, in the order of their ids.
+
     Raises
     ------
     TypeError, ValueError
-        The nodes do not form a tree.
+        The nodes do not form a tree, or one has no list of requests.
     """
     parent, seqlen, _, _ = _read_nodes(tree_info, _NODES)
-    if any(len(node.requests) for node in tree_info):
+    if _listed_requests(tree_info)[1]:
         return
     for node, requests in zip(tree_info, KVTree(parent, seqlen)._request_lists(), strict=True):
         node.requests = requests
@@ -412,10 +460,15 @@ def fill_requests(tree_info: Sequence[KVTreeNode]) -> None:
 def retrive_from_file(filepath: str | os.PathLike[str]) -> list[KVTreeNode]:
     """Read a tree file into nodes, sorted by id, ``requests`` filled (see :func:`fill_requests`).
 
+    Parameters
+    ----------
+    filepath : str or path-like
+        See `KVTree.from_file`.
+
     Raises
     ------
-    FileNotFoundError
-        There is no such file.
+    OSError
+        The file cannot be read; FileNotFoundError: there is none.
     ValueError
         The file is malformed or holds no tree; the message names file and line.
     """
@@ -425,15 +478,24 @@ def retrive_from_file(filepath: str | os.PathLike[str]) -> list[KVTreeNode]:
 def write_tree_to_file(tree_info: KVTree | Sequence[KVTreeNode], filepath: str | os.PathLike[str]) -> None:
     """Write a tree file; ``requests`` may be unfilled.
 
+    Parameters
+    ----------
+    tree_info : KVTree or sequence of KVTreeNode
+        The tree.
+    filepath : str or path-like
+        The file, which is replaced if there is one.
+
     Raises
     ------
+    OSError
+        The file cannot be written.
     TypeError, ValueError
         `tree_info` is no tree, or its requests are not the leaves in node order (a file cannot say so).
     """
     if not isinstance(tree_info, KVTree):
         parent, seqlen, _, _ = _read_nodes(tree_info, _NODES)
-        unfilled = not any(len(node.requests) for node in tree_info)
-        tree_info = KVTree(parent, seqlen) if unfilled else KVTree.from_nodes(tree_info)
+        filled = _listed_requests(tree_info)[1]
+        tree_info = KVTree.from_nodes(tree_info) if filled else KVTree(parent, seqlen)
     tree_info.to_file(filepath)
 
 
@@ -511,8 +573,8 @@ def _structure(parent: Int64Array, seqlen: Int64Array, where: _Where) -> tuple[I
     raise ValueError(f"{where.field('parent', node)} is {value}: node {node} is its own ancestor, a cycle")
 
 
-def _path_ends(nodes: Sequence[KVTreeNode], parent: Int64Array, order: Int32Array) -> Int64Array:
-    """Check the nodes' requests; returns the node at which each ends, empty where no node lists any."""
+def _listed_requests(nodes: Sequence[KVTreeNode]) -> tuple[Int64Array, list[int]]:
+    """How many requests each node lists, and these, one list after the other; checks no more than that."""
     try:
         lists = [node.requests for node in nodes]
     except AttributeError:
@@ -523,7 +585,13 @@ def _path_ends(nodes: Sequence[KVTreeNode], parent: Int64Array, order: Int32Arra
     except TypeError:
         i = next(i for i, r in enumerate(lists) if not isinstance(r, Iterable) or not hasattr(r, "__len__"))
         raise TypeError(f"tree_info[{i}].requests is {type(lists[i]).__name__}, expected a list of integers") from None
-    offsets = np.zeros(len(lists) + 1, np.int64)
+    return lengths, flat
+
+
+def _path_ends(nodes: Sequence[KVTreeNode], parent: Int64Array, order: Int32Array) -> Int64Array:
+    """Check the nodes' requests; returns the node at which each ends, empty where no node lists any."""
+    lengths, flat = _listed_requests(nodes)
+    offsets = np.zeros(len(nodes) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     requests = flat_int64(flat, lambda k: f"an entry of tree_info[{np.searchsorted(offsets, k, 'right') - 1}].requests")
     last = np.full(len(requests), -1, np.int64)
@@ -632,7 +700,7 @@ _TWO_PATHS = 9
 _MISSING = 10
 
 
-@njit(cache=True)
+@njit
 def _scan_structure(
     parent: Int64Array, seqlen: Int64Array, order: Int32Array, num_children: Int32Array
 ) -> tuple[int, int, int]:
@@ -689,7 +757,7 @@ def _scan_structure(
     return _CYCLE, node, parent[node]
 
 
-@njit(cache=True)
+@njit
 def _scan_requests(
     parent: Int64Array, order: Int32Array, offsets: Int64Array, requests: Int64Array, last: Int64Array
 ) -> tuple[int, int, int, int]:
@@ -718,7 +786,7 @@ def _scan_requests(
     return _OK, 0, batch_size, 0
 
 
-@njit(cache=True)
+@njit
 def _node_requests(parent: Int32Array, request_node: Int32Array) -> tuple[Int64Array, Int32Array]:
     offsets = np.zeros(len(parent) + 1, np.int64)
     for end in request_node:
@@ -739,7 +807,7 @@ def _node_requests(parent: Int32Array, request_node: Int32Array) -> tuple[Int64A
     return offsets, requests
 
 
-@njit(cache=True)
+@njit
 def _path_tokens(parent: Int32Array, seqlen: Int64Array, order: Int32Array) -> Int64Array:
     tokens = seqlen.copy()
     for node in order[1:]:

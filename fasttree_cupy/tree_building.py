@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from fasttree_cupy.compiled import njit
 from fasttree_cupy.integers import int_matrix, int_vector
 from fasttree_cupy.params import checked_int
 
@@ -109,7 +109,7 @@ class _Nodes(NamedTuple):
     end: Int64Array
 
 
-@njit(cache=True)
+@njit
 def _insert(keys: _Keys) -> tuple[_Nodes, Int64Array]:
     """Insert the requests in order; returns the nodes, the first an empty root, and the node at which each ends."""
     most = 2 * len(keys.lengths) + 1  # a request adds a leaf and splits a node at most
@@ -137,7 +137,7 @@ def _insert(keys: _Keys) -> tuple[_Nodes, Int64Array]:
     return _Nodes(fields[0, :count], fields[1, :count], fields[2, :count], fields[3, :count]), request_node
 
 
-@njit(cache=True)
+@njit
 def _set_node(nodes: _Nodes, node: int, parent: int, owner: int, begin: int, end: int) -> None:
     nodes.parent[node] = parent
     nodes.owner[node] = owner
@@ -145,7 +145,7 @@ def _set_node(nodes: _Nodes, node: int, parent: int, owner: int, begin: int, end
     nodes.end[node] = end
 
 
-@njit(cache=True)
+@njit
 def _split(keys: _Keys, nodes: _Nodes, slots: Int64Array, slot: int, position: int, upper: int) -> None:
     """Move the tokens before `position` of the node in `slot` to a new node above it, `upper`."""
     # The lower part keeps its id, so its children keep their parent and their slots.
@@ -156,7 +156,7 @@ def _split(keys: _Keys, nodes: _Nodes, slots: Int64Array, slot: int, position: i
     slots[_find(keys, nodes, slots, upper, nodes.owner[lower], position)] = lower
 
 
-@njit(cache=True)
+@njit
 def _empty_slots(most: int) -> Int64Array:
     """A hash table at most half full with `most` nodes; its size is a power of two."""
     size = 1
@@ -165,7 +165,7 @@ def _empty_slots(most: int) -> Int64Array:
     return np.full(size, -1, np.int64)
 
 
-@njit(cache=True)
+@njit
 def _find(keys: _Keys, nodes: _Nodes, slots: Int64Array, parent: int, request: int, position: int) -> int:
     """Slot of the child of `parent` whose first page is that of `request` at `position`, or an empty slot for it."""
     page = position // keys.page_size
@@ -181,7 +181,7 @@ def _find(keys: _Keys, nodes: _Nodes, slots: Int64Array, parent: int, request: i
     return slot
 
 
-@njit(cache=True)
+@njit
 def _shared_end(keys: _Keys, nodes: _Nodes, node: int, request: int) -> int:
     """Position up to which `request` shares the tokens of `node`, whose first page it is known to share."""
     end = min(nodes.end[node], keys.lengths[request])
@@ -193,7 +193,7 @@ def _shared_end(keys: _Keys, nodes: _Nodes, node: int, request: int) -> int:
     return shared
 
 
-@njit(cache=True)
+@njit
 def _number(nodes: _Nodes, request_node: Int64Array) -> tuple[RadixTree, _Nodes]:
     """Number the nodes as the requests, one after the other, first reach them.
 
@@ -225,7 +225,7 @@ def _number(nodes: _Nodes, request_node: Int64Array) -> tuple[RadixTree, _Nodes]
     return RadixTree(above, made.end - made.begin, number[request_node]), made
 
 
-@njit(cache=True)
+@njit
 def _pool_rows(keys: _Keys, nodes: _Nodes, num_pages: int) -> tuple[Int32Array, int]:
     """Row of the pool for each token, node after node, and where in ``keys.values`` a page is wrong, else -1."""
     size = keys.page_size

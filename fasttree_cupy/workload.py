@@ -48,21 +48,24 @@ def qkv_preparation(
 
     Returns
     -------
-    Q : (batch_size, num_qo_heads, head_dim)
-    K_cache, V_cache : (batch_size, max_seqlen, num_kv_heads, head_dim)
+    Q : dtype (batch_size, num_qo_heads, head_dim)
+        One query a request.
+    K_cache, V_cache : dtype (batch_size, max_seqlen, num_kv_heads, head_dim)
         Each request's tokens from the root down; zeros beyond its length.
     cache_seqlens : int32 (batch_size,)
         Tokens of each request.
-    K_tree_tensor, V_tree_tensor : (total_tokens, num_kv_heads, head_dim)
+    K_tree_tensor, V_tree_tensor : dtype (total_tokens, num_kv_heads, head_dim)
         Node i's tokens are the rows ``KV_ptrs[i]:KV_ptrs[i + 1]``.
     KV_ptrs : list of int, length num_nodes + 1
+        First row of each node's tokens, and their total.
 
     Raises
     ------
     TypeError
         If `tree_info` is no tree, a number no integer, or `dtype` neither float16 nor bfloat16.
     ValueError
-        If the tree is malformed, the numbers of heads do not fit, or `device` is unknown or not usable.
+        If the tree is malformed, the numbers of heads do not fit, `seed` is negative, or `device` is unknown or not
+        usable.
     """
     num_qo_heads, num_kv_heads = checked_heads(num_qo_heads, num_kv_heads)
     head_dim = checked_int(head_dim, "head_dim")

@@ -6,7 +6,9 @@ import ctypes
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +19,9 @@ import pytest
 import fasttree_cupy as ft
 from fasttree_cupy.execution import edits
 from fasttree_cupy.execution.launch import Launch
+from fasttree_cupy.planning.growing import GrowingPlan
 from fasttree_cupy.planning.machine import H200, H200_WORKERS, Constants
+from tests.growing_walk import rows_attended
 from tests.test_repeat import FakeCuda
 
 TREE = ft.KVTree.from_levels([1, 4, 20], [300, 90, 21])
@@ -178,6 +182,64 @@ def test_only_on_the_default_stream_by_a_thread_with_the_context_in_the_same_mem
     gpu.context -= 1
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(append).result() == "again"
+
+
+def test_events_and_page_locked_memory_are_of_the_plans_device(
+    gpu: EditedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current, made = [0], []
+
+    @contextmanager
+    def use_device(index: int) -> Iterator[None]:
+        current.append(index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr("fasttree_cupy.plan.resolve_device", lambda _: "cuda:1")
+    monkeypatch.setattr("fasttree_cupy.execution.streams.use_device", use_device)
+    monkeypatch.setattr(edits, "PinnedRing", lambda _count: made.append(current[-1]))
+    ft.plan_decode(TREE, 8, 2, 64, capacity=ft.Capacity(40, 10**4), place=False)
+    assert made == [1]
+
+
+Change = Callable[[ft.DecodePlan], object]
+FAILURES: list[tuple[Any, str, Change]] = [
+    (edits.Edits, "edit_again", lambda plan: plan.append(rows_of(5, 20))),
+    (edits.Edits, "edit", lambda plan: plan.append(rows_of(5, 20), plan.live)),
+    (edits.Edits, "edit", lambda plan: plan.fork([2, 7])),
+    (GrowingPlan, "fork", lambda plan: plan.fork([2, 7])),
+    (GrowingPlan, "finish", lambda plan: plan.finish([2, 7])),
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "change"), FAILURES)
+@pytest.mark.parametrize("after", [lambda plan: plan.append(rows_of(9, len(plan.live))), lambda plan: plan.fork([3])])
+def test_the_change_after_one_that_failed_replaces_all(
+    owner: Any, name: str, change: Change, after: Change, gpu: EditedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, cleared = gpu.plan(), []
+    monkeypatch.setattr("fasttree_cupy.execution.growing.clear", lambda counters, _stream: cleared.append(counters))
+    for step in range(2):
+        plan.append(rows_of(step, 20))
+
+    def out_of_memory(*_: Any) -> None:
+        raise MemoryError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, out_of_memory)
+        with pytest.raises(MemoryError):
+            change(plan)
+    gpu.edits.clear()
+    after(plan)
+    assert gpu.edits == ["whole"]
+    assert cleared == [plan.memory.counters]  # type: ignore[union-attr]
+    plan.append(rows_of(10, len(plan.live)))
+    assert "whole" not in gpu.edits[1:]
+    rows = [plan.kv_indices[plan.tree.request_rows(i)].tolist() for i in range(len(plan.live))]
+    expected = dict(zip(plan.live.tolist(), map(sorted, rows), strict=True))
+    gpu.held(plan)
+    held = gpu.arrays[plan.memory.pointers[0]]  # type: ignore[union-attr]
+    assert rows_attended(plan.schedule.plan, held, 4, 2) == [expected] * 2  # type: ignore[union-attr]
 
 
 def test_nothing_is_compiled_on_import(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from fasttree_cupy.checks import overlaps
 from fasttree_cupy.decode import check_metadata, check_phases, fasttree_decode
 from fasttree_cupy.execution.arrays import view
 from fasttree_cupy.metadata import MetadataTuple
@@ -274,6 +275,25 @@ def test_output_with_elements_in_one_place(arguments: Arguments) -> None:
         check(arguments, {"o": same}, ValueError, "o has strides .*, expected no two elements in one place")
 
 
+@pytest.mark.parametrize("steps", [(DIM, DIM), (HEADS * DIM, DIM // 2), ((HEADS - 1) * DIM, DIM), (-DIM, 2 * DIM)])
+def test_output_whose_rows_overlap(arguments: Arguments, steps: tuple[int, int]) -> None:
+    memory = zeros(2 * BATCH, HEADS, DIM)
+    strides = (*(2 * step for step in steps), 2)
+    same = np.lib.stride_tricks.as_strided(memory[BATCH:], (BATCH, HEADS, DIM), strides, writeable=True)
+    check(arguments, {"o": same}, ValueError, "o has strides .*, expected no two elements in one place")
+    assert not memory.any()
+
+
+def test_output_with_gaps_and_axes_in_any_order(arguments: Arguments) -> None:
+    fasttree_decode(**arguments)
+    memory = np.full((HEADS + 1, BATCH + 1, DIM + 8), 7, np.float16)
+    for o in (memory[:HEADS, :BATCH, :DIM].transpose(1, 0, 2), memory[HEADS:0:-1, :BATCH, :DIM].transpose(1, 0, 2)):
+        fasttree_decode(**{**arguments, "o": o})
+        np.testing.assert_array_equal(o, arguments["o"])
+    one_row = np.lib.stride_tricks.as_strided(memory, (1, HEADS, DIM), (0, 2 * DIM, 2))
+    assert not overlaps(view("o", one_row))
+
+
 # Metadata
 
 
@@ -490,7 +510,19 @@ def test_too_many_positional_arguments(arguments: Arguments) -> None:
     text = r"fasttree_decode\(\) takes 21 positional arguments"
     refused(TypeError, text, arguments, lambda: fasttree_decode(*values, None))
     refused(TypeError, text, arguments, lambda: fasttree_decode(*values, q=values[0]))
-    refused(TypeError, text, arguments, lambda: fasttree_decode(*values, logit_cap=1.0))
+
+
+NAMES = list(cpu_arguments())
+
+
+@pytest.mark.parametrize("name", NAMES[4:])
+def test_an_argument_both_by_position_and_by_name(arguments: Arguments, name: str) -> None:
+    values = list(arguments.values())[: NAMES.index(name) + 1]
+    named = {other: arguments[other] for other in NAMES[len(values) :]} | {name: arguments[name]}
+    text = f".*got multiple values for keyword argument '{name}'"
+    refused(TypeError, text, arguments, lambda: fasttree_decode(*values, **named))
+    first = {other: arguments[other] for other in NAMES[:4]}
+    refused(TypeError, text, arguments, lambda: fasttree_decode(*values[4:], **first, **named))
 
 
 @pytest.mark.parametrize("name", [*ARRAYS, *PAIRS, "sm_scale"])
@@ -536,7 +568,9 @@ def test_torch_output_with_elements_in_one_place(torch: Any, arguments: Argument
 @pytest.mark.parametrize("name", ["o", "mid_o", "mid_lse"])
 def test_jax_arrays_are_not_written(jax: Any, arguments: Arguments, name: str) -> None:
     array = jax.device_put(np.zeros(arguments[name].shape, arguments[name].dtype), jax.local_devices(backend="cpu")[0])
-    check(arguments, {name: array}, TypeError, f"{name} is a JAX array, which cannot be written, expected None")
+    instead = "None to get a new one" if name == "o" else "an array of another framework"
+    message = f"{name} is a JAX array, which cannot be written, expected {instead}"
+    check(arguments, {name: array}, TypeError, message)
     assert not np.asarray(array).any()
 
 

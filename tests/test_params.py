@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,8 +42,65 @@ def test_lists_are_not_shared() -> None:
 
 def test_copies_and_pickles() -> None:
     params = FastTreeParams(TSQs=[32, 8])
-    assert copy.deepcopy(params) == params
+    for copied in (copy.copy(params), copy.deepcopy(params), pickle.loads(pickle.dumps(params))):
+        assert copied == params
+        copied.TSQs[0] = 16
+        assert params.TSQs == [32, 8]
+
+
+def test_copies_of_adopted_sizes_do_not_warn() -> None:
+    params = FastTreeParams()
+    params.adopt_tile_sizes([2, 2], [8, 512])
+    copies = [copy.copy(params), copy.deepcopy(params), pickle.loads(pickle.dumps(params)), replace(params)]
+    copies += [replace(copied, alpha=0.66) for copied in copies]
+    assert copies == [params] * 8
+    with pytest.warns(UserWarning, match="TSQs"):
+        params.TSQs = [2, 2]
+
+
+def test_copies_of_what_warned_do_not_warn_again() -> None:
+    with pytest.warns(UserWarning, match="gamma"):
+        params = FastTreeParams(gamma=2.0, TSKs=[32, 128])
+    assert copy.copy(params) == copy.deepcopy(params) == pickle.loads(pickle.dumps(params)) == params
+
+
+class Mine(FastTreeParams):
+    """Defaults of its own."""
+
+    alpha = 0.8
+    TSQs = [32, 8]  # noqa: RUF012  # as the API reference writes it
+
+
+def test_a_subclass_has_defaults_of_its_own() -> None:
+    params = Mine(gamma=0.2)
+    assert (params.alpha, params.gamma, params.TSQs, params.TSKs) == (0.8, 0.2, [32, 8], [32, 128])
+    params.TSQs[0] = 64
+    assert Mine().TSQs == [32, 8]
+    assert Mine(0.7).alpha == 0.7
+    assert Mine.for_gpu("H100", 4).TSQs == [16, 4]
     assert pickle.loads(pickle.dumps(params)) == params
+
+
+def test_a_dataclass_of_it_has_defaults_of_its_own() -> None:
+    @dataclass
+    class Other(FastTreeParams):
+        alpha: float = 0.8
+
+    assert (Other().alpha, Other().beta, Other(0.7).alpha, Other().TSQs) == (0.8, 0.33, 0.7, [64, 16])
+
+
+def test_wrong_defaults_of_a_subclass_are_refused() -> None:
+    class Wrong(FastTreeParams):
+        gamma = "0.1"  # type: ignore[assignment]
+
+    with pytest.raises(TypeError, match=r"gamma is '0\.1', expected a number"):
+        Wrong()
+
+
+def test_the_class_has_the_defaults() -> None:
+    assert (FastTreeParams.alpha, FastTreeParams.beta, FastTreeParams.gamma) == (0.66, 0.33, 0.1)
+    assert list(FastTreeParams.TSQs) == [64, 16]
+    assert weakref.ref(params := FastTreeParams())() is params
 
 
 def test_other_numbers_are_taken() -> None:
@@ -164,6 +223,12 @@ def test_presets_of_the_reference() -> None:
 def test_unknown_preset(name: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="expected one of H100, A100, V100"):
         preset(name)
+
+
+def test_an_unknown_preset_says_what_an_h200_uses() -> None:
+    for ask in (preset, FastTreeParams.for_gpu):
+        with pytest.raises(ValueError, match="an H200 uses H100"):
+            ask("H200")
 
 
 def test_for_gpu_checks_the_group() -> None:

@@ -45,8 +45,11 @@ class Stream:
     is_capturing: bool = False
 
 
+@dataclass(eq=False)
 class Memory:
-    """Something to hold."""
+    """Something to hold, and the handle of its own stream."""
+
+    home: int = 0
 
 
 @pytest.fixture
@@ -54,30 +57,35 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     return Gpu(monkeypatch)
 
 
-def add(readers: Readers, stream: int, home: int = 0, behind: Any = None, capturing: bool = False) -> None:
+def readers_of(memory: Any) -> Readers:
+    readers = Readers()
+    readers.memory = memory
+    return readers
+
+
+def add(readers: Readers, stream: int, memory: Any = None, behind: Any = None, capturing: bool = False) -> None:
     work: Any = Stream(stream, capturing)
-    readers.add(work, home, behind)
+    readers.add(work, memory or readers.memory, behind)
 
 
-def dropped(readers: Readers) -> weakref.ref[Memory]:
+def dropped(readers: Readers) -> weakref.ref[Any]:
     """What is left of the memory that the readers are told to let go of."""
-    readers.memory = Memory()
     memory = weakref.ref(readers.memory)
     readers.let_go()
     return memory
 
 
 def test_memory_is_not_held_for_its_own_stream_or_a_captured_one(gpu: Gpu) -> None:
-    readers = Readers()
-    add(readers, 5, home=5)
-    add(readers, 0)
-    add(readers, 7, capturing=True)
+    readers = readers_of(Memory(5))
+    for memory in (None, Memory(5)):
+        add(readers, 5, memory)
+        add(readers, 7, memory, capturing=True)
     assert dropped(readers)() is None
     assert gpu.made == []
 
 
 def test_one_event_follows_a_streams_runs(gpu: Gpu) -> None:
-    readers = Readers()
+    readers = readers_of(Memory())
     for stream in (5, 5, 6, 5):
         add(readers, stream)
     first, second = gpu.made
@@ -86,7 +94,7 @@ def test_one_event_follows_a_streams_runs(gpu: Gpu) -> None:
 
 
 def test_memory_is_held_until_all_its_streams_are_done(gpu: Gpu) -> None:
-    readers = Readers()
+    readers = readers_of(Memory())
     add(readers, 5)
     add(readers, 6)
     memory = dropped(readers)
@@ -95,11 +103,25 @@ def test_memory_is_held_until_all_its_streams_are_done(gpu: Gpu) -> None:
         event.done = True
         streams.keep_alive(Event(0, done=True), [])
     assert memory() is None
+    readers.memory = Memory()  # type: ignore[assignment]
     assert dropped(readers)() is None  # what comes next is not held for them
 
 
+def test_a_memory_that_was_let_go_of_before_the_run_is_held_for_it(gpu: Gpu) -> None:
+    readers, memory = readers_of(Memory()), Memory()
+    before = weakref.ref(memory)
+    add(readers, 5, memory, behind=Event(5))  # which newer work may move on
+    del memory
+    assert before() is not None
+    (event,) = gpu.made
+    event.done = True
+    streams.keep_alive(Event(0, done=True), [])
+    assert before() is None
+    assert dropped(readers)() is None
+
+
 def test_the_event_of_a_turn_is_enough(gpu: Gpu) -> None:
-    readers, behind = Readers(), Event(6)
+    readers, behind = readers_of(Memory()), Event(6)
     for stream in (5, 6, 5):
         add(readers, stream, behind=behind)
     memory = dropped(readers)
@@ -111,7 +133,7 @@ def test_the_event_of_a_turn_is_enough(gpu: Gpu) -> None:
 
 
 def test_streams_that_are_done_are_forgotten(gpu: Gpu) -> None:
-    readers = Readers()
+    readers = readers_of(Memory())
     for stream in range(1, 100):
         add(readers, stream)
         if stream < 99:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import weakref
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -144,6 +145,67 @@ def test_a_dropped_plans_memory_is_held_for_another_stream(
     event.done = True
     streams.keep_alive(SimpleNamespace(done=True), [])
     assert memory() is None
+
+
+@pytest.mark.parametrize("tree", [TREE, CUT], ids=["no workspace", "workspace"])
+def test_a_memory_that_another_thread_lets_go_of_before_the_launch_is_held(
+    tree: ft.KVTree, gpu: FakeCuda, torch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, given = ft.plan_decode(tree, *LAYOUT), tensors(torch, tree)
+    ready, event = plan._ready, SimpleNamespace(done=False)
+
+    def place_meanwhile(work: Any) -> Any:
+        made = ready(work)
+        plan.place()
+        return made
+
+    gpu.stream = 5
+    before = weakref.ref(plan.memory)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "_ready", place_meanwhile)
+        patch.setattr(streams, "record_event", lambda _stream, _event=None: event)
+        plan.run(**given)
+    plan.run(**given)
+    assert plan.memory is not before()
+    assert before() is not None
+    event.done = True
+    streams.keep_alive(SimpleNamespace(done=True), [])
+    assert before() is None
+
+
+class Recorded:
+    """An event of a GPU that is always one run behind; `record` moves it on, as CUDA does."""
+
+    def __init__(self, gpu: FakeCuda) -> None:
+        self.gpu, self.runs = gpu, 0
+
+    @property
+    def done(self) -> bool:
+        return self.runs < len(self.gpu.launches)
+
+    @classmethod
+    def record(cls, gpu: FakeCuda, event: Recorded | None) -> Recorded:
+        event = event or cls(gpu)
+        event.runs = len(gpu.launches)
+        return event
+
+
+@pytest.mark.parametrize("tree", [TREE, CUT], ids=["no workspace", "workspace"])
+def test_memories_do_not_pile_up_where_the_gpu_is_one_run_behind(
+    tree: ft.KVTree, gpu: FakeCuda, torch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in (streams, turns):
+        monkeypatch.setattr(place, "record_event", lambda _stream, event=None: Recorded.record(gpu, event))
+    monkeypatch.setattr(streams, "_in_use", deque())  # what stays in it at the end is never done
+    plan, given = ft.plan_decode(tree, *LAYOUT), tensors(torch, tree)
+    memories = []
+    for _ in range(50):
+        gpu.stream = 0
+        plan.place()
+        memories.append(weakref.ref(plan.memory))
+        gpu.stream = 5
+        plan.run(**given)
+    assert sum(memory() is not None for memory in memories) <= 3
 
 
 def test_a_dropped_plans_memory_is_not_held_for_its_own_stream(gpu: FakeCuda, torch: Any) -> None:

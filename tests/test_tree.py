@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,6 +47,15 @@ def test_node_defaults_are_its_own() -> None:
     assert (node.parent, node.id, node.seqlen, node.num_children, node.requests) == (-1, -1, 0, 0, [])
     node.requests.append(1)
     assert other.requests == []
+
+
+def test_nodes_are_plain_objects() -> None:
+    node, equal = example()[1], example()[1]
+    assert node == equal
+    assert {node: 1, equal: 2}[node] == 1
+    assert weakref.ref(node)() is node
+    node.text = "mine"  # type: ignore[attr-defined]
+    assert copy.deepcopy(node).text == "mine"  # type: ignore[attr-defined]
 
 
 def test_from_nodes() -> None:
@@ -210,7 +223,34 @@ def test_fill_requests_checks_first() -> None:
     assert nodes[1].requests == []
 
 
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        (KVTreeNode(-1, 0, 1, 0, None), "tree_info[0].requests is NoneType, expected a list of integers"),  # type: ignore[arg-type]
+        (
+            SimpleNamespace(parent=-1, id=0, seqlen=1, num_children=0),
+            "[0] is SimpleNamespace without requests",
+        ),
+    ],
+)
+def test_a_node_without_a_list_of_requests_is_named(node: Any, message: str, tmp_path: Path) -> None:
+    for call in (as_tree, fill_requests, lambda nodes: write_tree_to_file(nodes, tmp_path / "tree.txt")):
+        with pytest.raises(TypeError, match=re.escape(message)):
+            call([node])
+
+
 # Arrays.
+
+
+def test_copies_are_read_only() -> None:
+    tree = KVTree([-1, 0], [1, 2])
+    assert tree.kv_ptrs.tolist() == [0, 1, 3]  # computed, and copied along
+    for copied in (copy.copy(tree), copy.deepcopy(tree), pickle.loads(pickle.dumps(tree))):
+        assert copied.to_nodes() == tree.to_nodes()
+        names = ("parent", "seqlen", "request_node", "breadth_first", "num_children", "kv_ptrs", "path_tokens")
+        for name in names:
+            with pytest.raises(ValueError, match="read-only"):
+                getattr(copied, name)[0] = 3
 
 
 def test_arrays_are_copied_and_read_only() -> None:

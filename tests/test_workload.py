@@ -174,9 +174,12 @@ def test_other_dtypes_are_refused(dtype: Any) -> None:
         ({"num_kv_heads": True}, TypeError, "num_kv_heads is True"),
         ({"head_dim": 16.0}, TypeError, "head_dim is 16.0"),
         ({"device": "tpu"}, ValueError, "device must be"),
+        ({"device": "cpu:1"}, ValueError, "device must be"),
         ({"tree_info": None}, TypeError, "tree_info is NoneType"),
         ({"tree_info": []}, ValueError, "tree_info is empty"),
         ({"tree_info": [KVTreeNode(0, 0, 1, 1)]}, ValueError, "tree_info"),
+        ({"tree_info": [KVTreeNode(-1, 0, 1, 0, None)]}, TypeError, r"tree_info\[0\].requests is NoneType"),  # type: ignore[arg-type]
+        ({"seed": -1}, ValueError, "seed is -1"),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -185,6 +188,12 @@ def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception],
     }  # fmt: skip
     with pytest.raises(error, match=message):
         qkv_preparation(**{**arguments, **change})
+
+
+def test_the_one_cpu_has_a_number(torch: Any) -> None:
+    for device in ("cpu:0", torch.device("cpu", 0)):
+        made = qkv_preparation(leafy_tree(), 4, 4, 16, device, seed=0)
+        np.testing.assert_array_equal(made[0], qkv_preparation(leafy_tree(), 4, 4, 16, "cpu", seed=0)[0])
 
 
 # Other frameworks

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import get_num_threads, njit, prange
+from numba import get_num_threads, prange
 
+from fasttree_cupy.compiled import njit
 from fasttree_cupy.execution.arrays import as_numpy
 from fasttree_cupy.execution.operands import Operands
 from fasttree_cupy.metadata import MetadataTuple
@@ -189,7 +190,7 @@ def _rows(array: Array, *, writeable: bool = False) -> _Rows:
     return _Rows(bits, start, row_stride, head_stride)
 
 
-@njit(cache=True)
+@njit
 def _first_bad_range(lists: _Lists) -> int:
     for i in range(len(lists.offs)):
         first, count = np.int64(lists.offs[i]), np.int64(lists.lens[i])
@@ -198,7 +199,7 @@ def _first_bad_range(lists: _Lists) -> int:
     return -1
 
 
-@njit(cache=True)
+@njit
 def _first_bad_entry(lists: _Lists, num_rows: int) -> int:
     """Position of an entry outside 0 to num_rows - 1, else -1; entries that no list reaches are padding."""
     for i in range(len(lists.offs)):
@@ -208,7 +209,7 @@ def _first_bad_entry(lists: _Lists, num_rows: int) -> int:
     return -1
 
 
-@njit(cache=True, parallel=True)
+@njit(parallel=True)
 def _stage1(
     q: _Rows,
     k: _Rows,
@@ -244,12 +245,12 @@ def _stage1(
                 _attend(inputs, kv_head, requests, tokens, mid_o[mid, heads], mid_lse[mid, heads])
 
 
-@njit(cache=True)
+@njit
 def _members(lists: _Lists, i: int) -> Int32Array:
     return lists.entries[lists.offs[i] : lists.offs[i] + lists.lens[i]]
 
 
-@njit(cache=True)
+@njit
 def _attend(
     inputs: _Inputs,
     kv_head: int,
@@ -299,12 +300,12 @@ def _attend(
         lse[i, g] = top[row] + np.log(total[row])  # -inf where there was no token
 
 
-@njit(cache=True)
+@njit
 def _round_up(n: int) -> int:
     return (n + 3) // 4 * 4
 
 
-@njit(cache=True, fastmath={"contract"})
+@njit(fastmath={"contract"})
 def _multiply_add(a: Float32Array, b: Float32Array, out: Float32Array, depth: int, width: int) -> None:
     """out[:, :width] += a[:, :depth] @ b[:depth, :width]; registers hold a 4 x 4 block of `a`.
 
@@ -325,7 +326,7 @@ def _multiply_add(a: Float32Array, b: Float32Array, out: Float32Array, depth: in
                 out[r + 3, x] += a30 * b0 + a31 * b1 + a32 * b2 + a33 * b3
 
 
-@njit(cache=True)
+@njit
 def _fold(
     scores: Float32Array, logit_cap: float, total: np.float32, top: np.float32, acc: Float32Array
 ) -> tuple[np.float32, np.float32]:
@@ -349,7 +350,7 @@ def _fold(
     return total + _exponentials(scores, shift), new_top
 
 
-@njit(cache=True, fastmath={"contract", "reassoc"})
+@njit(fastmath={"contract", "reassoc"})
 def _exponentials(scores: Float32Array, shift: np.float32) -> np.float32:
     """Replace scores by exp(score - shift) and return the sum."""
     total = np.float32(0)
@@ -359,7 +360,7 @@ def _exponentials(scores: Float32Array, shift: np.float32) -> np.float32:
     return total
 
 
-@njit(cache=True, fastmath={"contract"})
+@njit(fastmath={"contract"})
 def _exp(x: np.float32) -> np.float32:
     """Exponential of x <= 0 or NaN, in arithmetic that LLVM vectorises, unlike a call of the C library's."""
     y = np.float32(1.4426950408889634) * (np.float32(-87) if x < -87 else x)
@@ -374,7 +375,7 @@ def _exp(x: np.float32) -> np.float32:
     return np.float32(0) if x < -87 else series * power
 
 
-@njit(cache=True, parallel=True)
+@njit(parallel=True)
 def _stage2(
     mid_lists: _Lists,
     requests: Int32Array,
@@ -406,7 +407,7 @@ def _stage2(
         lse[request, head] = top + np.log(total)  # -inf where there was no token
 
 
-@njit(cache=True)
+@njit
 def _load_row(source: _Rows, bfloat16: bool, row: int, head: int, out: Float32Array) -> None:
     start = source.start + row * source.row_stride + head * source.head_stride
     bits = source.bits[start : start + len(out)]
@@ -418,7 +419,7 @@ def _load_row(source: _Rows, bfloat16: bool, row: int, head: int, out: Float32Ar
             out[d] = _from_float16(bits[d])
 
 
-@njit(cache=True)
+@njit
 def _load_tokens(
     source: _Rows, bfloat16: bool, float8: Float32Array, tokens: Int32Array, head: int, out: Float32Array
 ) -> None:
@@ -434,7 +435,7 @@ def _load_tokens(
             out[i, d] = float8[bits[d]]
 
 
-@njit(cache=True)
+@njit
 def _store_row(values: Float32Array, bfloat16: bool, target: _Rows, row: int, head: int) -> None:
     start = target.start + row * target.row_stride + head * target.head_stride
     bits = target.bits[start : start + len(values)]
@@ -450,12 +451,12 @@ def _store_row(values: Float32Array, bfloat16: bool, target: _Rows, row: int, he
 # They select and do not branch, so that LLVM vectorises the loops around them.
 
 
-@njit(cache=True)
+@njit
 def _from_bfloat16(bits: np.uint16) -> np.float32:
     return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
 
 
-@njit(cache=True)
+@njit
 def _to_bfloat16(value: np.float32) -> np.uint16:
     bits = np.float32(value).view(np.uint32)
     odd = (bits >> np.uint32(16)) & np.uint32(1)
@@ -464,7 +465,7 @@ def _to_bfloat16(value: np.float32) -> np.uint16:
     return np.uint16((quiet if np.isnan(value) else rounded) >> np.uint32(16))
 
 
-@njit(cache=True)
+@njit
 def _from_float16(bits: np.uint16) -> np.float32:
     sign = np.uint32(np.uint32(bits & np.uint16(0x8000)) << np.uint32(16))
     magnitude = np.uint32(np.uint32(bits & np.uint16(0x7FFF)) << np.uint32(13))
@@ -478,7 +479,7 @@ def _from_float16(bits: np.uint16) -> np.float32:
     return np.uint32(sign | (subnormal if magnitude < np.uint32(0x00800000) else normal)).view(np.float32)
 
 
-@njit(cache=True)
+@njit
 def _to_float16(value: np.float32) -> np.uint16:
     bits = np.float32(value).view(np.uint32)
     sign = (bits >> np.uint32(16)) & np.uint32(0x8000)

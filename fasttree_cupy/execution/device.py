@@ -39,8 +39,8 @@ def resolve_device(device: str | None) -> str:
     Parameters
     ----------
     device : str or None
-        ``"cpu"``, ``"cuda"`` (CuPy's current device), ``"cuda:<index>"``, an object whose ``str()`` is one of these
-        (a ``torch.device``), or None: the current GPU where one is usable, else the CPU.
+        ``"cpu"`` (or ``"cpu:0"``), ``"cuda"`` (CuPy's current device), ``"cuda:<index>"``, an object whose ``str()`` is
+        one of these (a ``torch.device``), or None: the current GPU where one is usable, else the CPU.
 
     Raises
     ------
@@ -48,7 +48,7 @@ def resolve_device(device: str | None) -> str:
         For any other name, or when a GPU is asked for and none is usable; the message says why.
     """
     name = "auto" if device is None else str(device)
-    if name == "cpu" or (name == "auto" and gpu_problem() is not None):
+    if name in ("cpu", "cpu:0") or (name == "auto" and gpu_problem() is not None):
         return "cpu"
     kind, _, index = name.partition(":")
     if name != "auto" and (kind != "cuda" or not (index.isdecimal() or name == "cuda")):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fasttree_cupy.execution import streams
 from fasttree_cupy.execution.streams import WorkStream
+
+if TYPE_CHECKING:
+    from fasttree_cupy.execution.plan_memory import PlanMemory
 
 __all__ = ["Readers"]
 
@@ -22,30 +25,33 @@ class Readers:
 
     Attributes
     ----------
-    memory : object
+    memory : PlanMemory or None
         What is held.
     """
 
     def __init__(self) -> None:
-        self.memory: Any = None
+        self.memory: PlanMemory | None = None
         self._events: dict[int, Any] = {}  # by the handle of their stream
 
-    def add(self, stream: WorkStream, home: int, behind: Any = None) -> None:
-        """Note that a stream uses the memory. By one thread at a time.
+    def add(self, stream: WorkStream, memory: PlanMemory, behind: Any = None) -> None:
+        """Note that a stream uses a memory, which may have been let go of meanwhile. By one thread at a time.
 
         Parameters
         ----------
         stream : WorkStream
             Not held for where it is being captured: a graph's memory is its caller's to keep.
-        home : int
-            Handle of the memory's own stream.
+        memory : PlanMemory
+            What it uses.
         behind : event, optional
             One that follows all that other streams have queued with this memory, too.
         """
-        if stream.handle == home or stream.is_capturing:
+        if stream.handle == memory.home or stream.is_capturing:
+            return
+        if memory is not self.memory:  # let go of in another thread since the run was given it
+            streams.keep_alive(streams.record_event(stream.handle), [memory])
             return
         if behind is not None:
-            self._events[home] = behind  # a place that no stream takes: on its own one, none is needed
+            self._events[memory.home] = behind  # a place that no stream takes: on its own one, none is needed
             return
         event = self._events.get(stream.handle)
         if event is not None:

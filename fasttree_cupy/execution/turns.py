@@ -16,7 +16,7 @@ class Turns:
 
     Runs on the default stream alone cost nothing: that stream never ends, so an event is recorded on it only when
     another stream is to wait for it. Any other stream may be gone by then, and its handle may be another one's: an
-    event follows each run, the same one each time, as each run waits for the one before. A capture neither waits nor is
+    event follows each run, mostly the same one, as each run waits for the one before. A capture neither waits nor is
     waited for, which CUDA forbids: a graph's replays are its caller's to order.
 
     Attributes
@@ -31,6 +31,7 @@ class Turns:
         self.lock = threading.Lock()
         self.readers = Readers()
         self._last: Any = None  # the event behind the last run
+        self._again: Any = None  # that event, if it may be recorded again
         self._on_default = False  # or that run was on the default stream, and there is no event yet
 
     def has_none(self, stream: int) -> bool:
@@ -42,7 +43,7 @@ class Turns:
         if (self._on_default and stream.is_default) or stream.is_capturing:
             return
         if self._on_default:
-            self._last, self._on_default = record_event(DEFAULT_STREAM, self._last), False
+            self._record(DEFAULT_STREAM)
         if self._last is not None:
             wait_for(stream.handle, self._last)
 
@@ -53,5 +54,14 @@ class Turns:
             return None
         if stream.is_capturing:
             return None
-        self._last, self._on_default = record_event(stream.handle, self._last), False
+        self._record(stream.handle)
         return self._last
+
+    def let_go(self) -> None:
+        """Have the readers let go of the memory; newer work must not move on the event that it is held for."""
+        self.readers.let_go()
+        self._again = None
+
+    def _record(self, stream: int) -> None:
+        self._last = self._again = record_event(stream, self._again)
+        self._on_default = False

@@ -7,15 +7,16 @@ takes longer than the passes, most of all where the caches hold other things. He
 from __future__ import annotations
 
 import ctypes
-import functools
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import carray, cfunc, njit, types  # type: ignore[attr-defined]
+from numba import carray, cfunc, types  # type: ignore[attr-defined]
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from fasttree_cupy.compiled import cached, njit
 from fasttree_cupy.planning.growing import GrowingPlan
 from fasttree_cupy.planning.growing_passes import PlanState, append_and_count
 from fasttree_cupy.planning.growing_tree import GrowingTree, TreeNodes, append_if_room
@@ -131,8 +132,8 @@ def _append(pointer: Any) -> int:
     return highest << _EDIT_BITS | edits
 
 
-@functools.cache
+@cache
 def _compiled() -> Any:
     """`_append` as a C function. Numba compiles it, or reads it from its cache, where it is declared."""
     signature: Any = types.int64(types.CPointer(types.int64))  # type: ignore[no-untyped-call]
-    return cfunc(signature, cache=True)(_append)
+    return cached(partial(cfunc, signature), _append)

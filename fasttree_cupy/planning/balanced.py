@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from fasttree_cupy.compiled import njit
 from fasttree_cupy.planning.dealing import MERGE_TOGETHER, Work, deal
 from fasttree_cupy.planning.machine import WorkerMachine, WorkerRates
 from fasttree_cupy.planning.row_tiles import READ_ONCE, tile_segments, tile_tokens
@@ -184,14 +184,14 @@ def plan_layout(
 # Compiled passes.
 
 
-@njit(cache=True)
+@njit
 def bytes_moved(tokens: int, batch: int, heads: tuple[int, int, int]) -> float:
     """Bytes of K, V, Q and O, for query heads a KV head, KV heads and head_dim."""
     group, num_kv_heads, head_dim = heads
     return 2.0 * head_dim * num_kv_heads * (2.0 * tokens + 2.0 * batch * group)
 
 
-@njit(cache=True)
+@njit
 def _deal(
     layout: _Layout,
     batch: int,
@@ -214,7 +214,7 @@ def _deal(
     return estimate, tokens, pieces
 
 
-@njit(cache=True)
+@njit
 def _first_requests(request_order: Int32Array, requests: int) -> Int32Array:
     """The first request of each tile whose requests follow one another, else -1."""
     firsts = request_order[::requests].copy()
@@ -225,7 +225,7 @@ def _first_requests(request_order: Int32Array, requests: int) -> Int32Array:
     return firsts
 
 
-@njit(cache=True)
+@njit
 def _items(
     pieces: Int64Array,
     bounds: Int64Array,

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from fasttree_cupy.compiled import njit
 from fasttree_cupy.planning.machine import WorkerMachine
 
 __all__ = ["MERGE_TOGETHER", "Work", "deal", "estimate_us"]
@@ -48,7 +48,7 @@ class Work(NamedTuple):
     item_steps: float
 
 
-@njit(cache=True)
+@njit
 def deal(
     work: Work, multiprocessors: int, step_us: float, size: float, machine: WorkerMachine
 ) -> tuple[float, Int64Array]:
@@ -100,7 +100,7 @@ def deal(
     return cheapest, best
 
 
-@njit(cache=True)
+@njit
 def estimate_us(busiest_us: float, memory_us: float, most_pieces: int, alone: bool, machine: WorkerMachine) -> float:
     """Estimated microseconds of a run.
 
@@ -124,7 +124,7 @@ def estimate_us(busiest_us: float, memory_us: float, most_pieces: int, alone: bo
     return float(cost)
 
 
-@njit(cache=True)
+@njit
 def _pieces_of_tiles(costs: Float64Array, longest: int, shares: Int64Array) -> int:
     """Fill `shares` with the pieces of each tile when none costs more than `longest`, and return their sum."""
     total = 0
@@ -134,7 +134,7 @@ def _pieces_of_tiles(costs: Float64Array, longest: int, shares: Int64Array) -> i
     return total
 
 
-@njit(cache=True)
+@njit
 def _each(work: Work, costs: Float64Array, workers: int) -> Int64Array:
     """Cut every tile evenly, into pieces as short as the workers allow, one a worker."""
     num_tiles = len(costs)
@@ -162,7 +162,7 @@ def _each(work: Work, costs: Float64Array, workers: int) -> Int64Array:
     return pieces
 
 
-@njit(cache=True)
+@njit
 def _whole(work: Work, costs: Float64Array, workers: int) -> Int64Array:
     """Give every worker whole tiles that follow one another, so that the busiest has least."""
     num_tiles = len(costs)
@@ -181,7 +181,7 @@ def _whole(work: Work, costs: Float64Array, workers: int) -> Int64Array:
     return pieces
 
 
-@njit(cache=True)
+@njit
 def _fill(work: Work, costs: Float64Array, limit: float, pieces: Int64Array) -> int:
     """Fill `pieces` with whole tiles that cost a worker at most `limit`, and return the number of workers."""
     worker, load, unit = 0, 0.0, 0
@@ -200,7 +200,7 @@ def _fill(work: Work, costs: Float64Array, limit: float, pieces: Int64Array) -> 
     return worker + 1
 
 
-@njit(cache=True)
+@njit
 def _in_line(work: Work, costs: Float64Array, workers: int) -> Int64Array:
     """Lay the tiles of all KV heads end to end and cut the line into equal stretches."""
     num_tiles = len(costs)
@@ -235,7 +235,7 @@ def _in_line(work: Work, costs: Float64Array, workers: int) -> Int64Array:
     return pieces[:at]
 
 
-@njit(cache=True)
+@njit
 def _longest(work: Work, pieces: Int64Array) -> tuple[float, int]:
     """Cost of the busiest worker's items, and the pieces of the tile that has most."""
     num_tiles = len(work.steps)

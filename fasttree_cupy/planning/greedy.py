@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from fasttree_cupy.compiled import njit
 from fasttree_cupy.tree import KVTree
 
 __all__ = ["GreedyPlan", "plan"]
@@ -158,7 +158,7 @@ class _Nodes(NamedTuple):
     length: Int64Array  # tokens that the node's vnodes cover
 
 
-@njit(cache=True)
+@njit
 def _decide(
     topology: _Topology,
     request_node: Int32Array,
@@ -196,7 +196,7 @@ def _decide(
     return this_round + 1, num_kv, num_q, num_phase0, num_phase1
 
 
-@njit(cache=True)
+@njit
 def _count_requests(topology: _Topology, request_node: Int32Array, nodes: _Nodes) -> None:
     parent, order = topology.parent, topology.breadth_first
     for node in request_node:
@@ -206,7 +206,7 @@ def _count_requests(topology: _Topology, request_node: Int32Array, nodes: _Nodes
         nodes.through[parent[node]] += nodes.through[node]
 
 
-@njit(cache=True)
+@njit
 def _cost(
     num_q: int, num_kv: int, weights: Float64Array, group: int, q_tiles: Int64Array, kv_tiles: Int64Array
 ) -> float:
@@ -219,7 +219,7 @@ def _cost(
     return cost
 
 
-@njit(cache=True)
+@njit
 def _assign(
     topology: _Topology,
     weights: Float64Array,
@@ -257,17 +257,17 @@ def _assign(
         nodes.served[node] = num_q
 
 
-@njit(cache=True)
+@njit
 def _ceil_div(a: int, b: int) -> int:
     return (a + b - 1) // b
 
 
-@njit(cache=True)
+@njit
 def _phase(num_q: int, q_tiles: Int64Array) -> int:
     return 0 if num_q > q_tiles[1] else 1
 
 
-@njit(cache=True)
+@njit
 def _estimate(nodes: _Nodes, q_tiles: Int64Array, splits: Int64Array, num_kv_heads: int, blocks: Int64Array) -> None:
     """Thread blocks of stage 1 a phase."""
     blocks[:] = 0
@@ -278,7 +278,7 @@ def _estimate(nodes: _Nodes, q_tiles: Int64Array, splits: Int64Array, num_kv_hea
     blocks *= num_kv_heads
 
 
-@njit(cache=True)
+@njit
 def _reduce_splits(blocks: Int64Array, thresholds: Int64Array, reduced_split: int, splits: Int64Array) -> bool:
     """Shorter KV splits for the phases that leave the GPU idle; returns whether any was."""
     adapted = False
@@ -289,7 +289,7 @@ def _reduce_splits(blocks: Int64Array, thresholds: Int64Array, reduced_split: in
     return adapted
 
 
-@njit(cache=True)
+@njit
 def _unify_tiles(blocks: Int64Array, thresholds: Int64Array, q_tiles: Int64Array, kv_tiles: Int64Array) -> bool:
     """Give a phase that still leaves the GPU idle the other's tiles; returns whether any did."""
     for phase in range(2):
@@ -300,7 +300,7 @@ def _unify_tiles(blocks: Int64Array, thresholds: Int64Array, q_tiles: Int64Array
     return False
 
 
-@njit(cache=True)
+@njit
 def _sizes(nodes: _Nodes, q_tiles: Int64Array, splits: Int64Array) -> tuple[int, int, int, int]:
     """Number of KV entries, of query entries, and of vnodes a phase."""
     num_kv, num_q, num_phase0, num_phase1 = 0, 0, 0, 0
@@ -325,7 +325,7 @@ def _sizes(nodes: _Nodes, q_tiles: Int64Array, splits: Int64Array) -> tuple[int,
     return num_kv, num_q, num_phase0, num_phase1
 
 
-@njit(cache=True)
+@njit
 def _fill(
     topology: _Topology,
     kv_start: Int64Array,
@@ -368,7 +368,7 @@ def _fill(
     _group_by_request(q_entries, *req_arrays)
 
 
-@njit(cache=True)
+@njit
 def _fill_rows(topology: _Topology, kv_start: Int64Array, assigned: Int32Array, node: int, rows: Int32Array) -> None:
     """Rows of a node's tokens, preceded by those it takes along from its ancestors."""
     seqlen = topology.seqlen
@@ -384,7 +384,7 @@ def _fill_rows(topology: _Topology, kv_start: Int64Array, assigned: Int32Array, 
         node = topology.parent[node]
 
 
-@njit(cache=True)
+@njit
 def _served_requests(
     topology: _Topology, request_node: Int32Array, nodes: _Nodes, assigned: Int32Array
 ) -> tuple[Int32Array, Int64Array]:
@@ -438,7 +438,7 @@ def _served_requests(
     return requests, first
 
 
-@njit(cache=True)
+@njit
 def _group_by_request(q_entries: Int32Array, positions: Int32Array, offs: Int32Array, lens: Int32Array) -> None:
     """The positions in `q_entries` at which each request stands, ascending."""
     lens[:] = 0

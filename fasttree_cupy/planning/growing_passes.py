@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from fasttree_cupy.compiled import njit
 from fasttree_cupy.planning.balanced import ITEM_FIELDS
 from fasttree_cupy.planning.row_tiles import READ_ONCE, is_together
 from fasttree_cupy.planning.subtree import WARP_ROWS
@@ -139,7 +139,7 @@ def edits_made(s: PlanState) -> Int32Array:
     return s.edits[: s.numbers[_EDITS]]
 
 
-@njit(cache=True, inline="always")
+@njit(inline="always")
 def _put(packed: Int32Array, edited: Int32Array, edits: Int32Array, n: Int64Array, at: int, value: int) -> None:
     """Edit an element of `packed`. Of inner loops, hence inline and without `PlanState`: to pass it on costs 0.1 us."""
     packed[at] = value
@@ -152,18 +152,18 @@ def _put(packed: Int32Array, edited: Int32Array, edits: Int32Array, n: Int64Arra
             n[_EDITS] += 1
 
 
-@njit(cache=True, inline="always")
+@njit(inline="always")
 def _begin_change(n: Int64Array) -> None:
     n[_EDITS] = 0
     n[_CHANGE] += 1
 
 
-@njit(cache=True)
+@njit
 def _item_at(n: Int64Array, index: int) -> int:
     return int(n[_ITEMS_AT] + _FIELDS * index)
 
 
-@njit(cache=True)
+@njit
 def spread(s: PlanState, items: Int32Array, segments: Int32Array, request_order: Int32Array, workers: int) -> None:
     """Fill the arrays with what the planner made."""
     n = s.numbers
@@ -184,7 +184,7 @@ def spread(s: PlanState, items: Int32Array, segments: Int32Array, request_order:
     _begin_change(n)
 
 
-@njit(cache=True)
+@njit
 def _spread_items(s: PlanState, items: Int32Array, workers: int) -> None:
     """Copy the items; those that no worker begins with come after the empty ones of idle workers."""
     n = s.numbers
@@ -219,7 +219,7 @@ def _spread_items(s: PlanState, items: Int32Array, workers: int) -> None:
     n[_USED_ITEMS] = len(items) + moved
 
 
-@njit(cache=True)
+@njit
 def _spread_segments(s: PlanState, segments: Int32Array) -> None:
     """Copy the segments, tile after tile with room behind each.
 
@@ -254,7 +254,7 @@ def _spread_segments(s: PlanState, segments: Int32Array) -> None:
     n[_USED_SEGMENTS] = free
 
 
-@njit(cache=True)
+@njit
 def _tile_warps(s: PlanState, tile: int) -> int:
     """Warps that a tile's rows take."""
     n = s.numbers
@@ -262,14 +262,14 @@ def _tile_warps(s: PlanState, tile: int) -> int:
     return int(-(-rows // WARP_ROWS))
 
 
-@njit(cache=True)
+@njit
 def _token_steps(s: PlanState, tile: int, first_row: int, end_row: int) -> float:
     """What a token costs which these rows of a tile see, in steps of tokens that most rows see."""
     cost = 1.0 if is_together(first_row, end_row, _tile_warps(s, tile)) else s.costs[_APART]
     return float(cost / s.numbers[_STEP_TOKENS])
 
 
-@njit(cache=True)
+@njit
 def _step_cost(s: PlanState, tile: int) -> float:
     """Mean cost of a step of a tile's tokens, one that most rows see costing 1."""
     packed, first, warps = s.packed, s.numbers[_SEGMENTS_AT], _tile_warps(s, tile)
@@ -283,7 +283,7 @@ def _step_cost(s: PlanState, tile: int) -> float:
     return float(together + apart * s.costs[_APART]) / max(1, together + apart)
 
 
-@njit(cache=True)
+@njit
 def _weigh(s: PlanState) -> None:
     """Sum up what workers have to do: a tile's pieces cost as its tokens do on average, as in `dealing`."""
     n = s.numbers
@@ -296,14 +296,14 @@ def _weigh(s: PlanState) -> None:
                 s.loads[s.pieces[piece, _WORKER]] += s.costs[_ITEM_STEPS] + step_cost * -(-count // n[_STEP_TOKENS])
 
 
-@njit(cache=True)
+@njit
 def _segment(s: PlanState, segment: int) -> tuple[int, int, int, int]:
     """First row of K and V of a segment, its tokens, and first and end row of the tile that see them."""
     at = s.numbers[_SEGMENTS_AT] + 4 * segment
     return s.packed[at], s.packed[at + 1], s.packed[at + 2], s.packed[at + 3] % READ_ONCE
 
 
-@njit(cache=True)
+@njit
 def _put_segment(s: PlanState, segment: int, row: int, tokens: int, first_row: int, end_row: int) -> None:
     n = s.numbers
     at = n[_SEGMENTS_AT] + 4 * segment
@@ -313,7 +313,7 @@ def _put_segment(s: PlanState, segment: int, row: int, tokens: int, first_row: i
     _put(s.packed, s.edited, s.edits, n, at + 3, end_row)
 
 
-@njit(cache=True)
+@njit
 def append(s: PlanState, slots: Int32Array, rows: Int32Array) -> bool:
     """Add new tokens, rows of the pool for each slot; False where the tree must be planned anew."""
     n = s.numbers
@@ -343,13 +343,13 @@ def append(s: PlanState, slots: Int32Array, rows: Int32Array) -> bool:
     return _ends_well(s)
 
 
-@njit(cache=True)
+@njit
 def append_and_count(s: PlanState, slots: Int32Array, rows: Int32Array) -> int:
     """Add new tokens as `append` does; returns how many elements that edits, -1 where the tree must be planned anew."""
     return int(s.numbers[_EDITS]) if append(s, slots, rows) else -1
 
 
-@njit(cache=True)
+@njit
 def _lengthen(s: PlanState) -> None:
     """Add the tokens that tiles gained, seen by a request each, to the last piece of each of their units."""
     n = s.numbers
@@ -367,7 +367,7 @@ def _lengthen(s: PlanState) -> None:
             s.loads[s.pieces[piece, _WORKER]] += gained * token_steps
 
 
-@njit(cache=True)
+@njit
 def _ends_well(s: PlanState) -> bool:
     """Whether edits say all, and what has been lost since the plan was made is less than a new one costs.
 
@@ -385,13 +385,13 @@ def _ends_well(s: PlanState) -> bool:
     return bool(s.numbers[_FULL] == 0 and s.costs[_LOST] + s.costs[_UNEVEN] < s.costs[_PLAN_US])
 
 
-@njit(cache=True)
+@njit
 def _too_many(s: PlanState) -> float:
     """Steps that the busiest worker has more than when the plan was made, beyond what each would have."""
     return float(s.loads.max() - s.costs[_BUSIEST] - s.costs[_GROWN] / len(s.loads))
 
 
-@njit(cache=True)
+@njit
 def _cut(s: PlanState, tile: int) -> None:
     """Cut a tile's units anew, at whole steps, so that the workers of each unit's pieces have equally much to do."""
     n = s.numbers
@@ -419,7 +419,7 @@ def _cut(s: PlanState, tile: int) -> None:
             s.slots[slot, _SEGMENT], s.slots[slot, _NEXT_ROW] = -1, -1
 
 
-@njit(cache=True)
+@njit
 def _segment_ends(s: PlanState, tile: int) -> Int64Array:
     """Ends of a tile's segments, in its tokens."""
     first = s.tiles[tile, _BEGIN]
@@ -431,7 +431,7 @@ def _segment_ends(s: PlanState, tile: int) -> Int64Array:
     return ends
 
 
-@njit(cache=True)
+@njit
 def _move_piece(s: PlanState, tile: int, at: int, begin: int, end: int, ends: Int64Array) -> int:
     """Have the item at `at` attend to a tile's tokens from `begin` to `end`; returns the segment that it begins in."""
     n = s.numbers
@@ -447,7 +447,7 @@ def _move_piece(s: PlanState, tile: int, at: int, begin: int, end: int, ends: In
     return int(segment)
 
 
-@njit(cache=True)
+@njit
 def fork(s: PlanState, parents: Int32Array, slots: Int32Array) -> bool:
     """Give each new slot a tile with its parent's path; False where the tree must be planned anew."""
     _begin_change(s.numbers)
@@ -457,7 +457,7 @@ def fork(s: PlanState, parents: Int32Array, slots: Int32Array) -> bool:
     return _ends_well(s)
 
 
-@njit(cache=True)
+@njit
 def _fork_one(s: PlanState, parent: int, slot: int) -> bool:
     """A tile for one request, with all segments that its parent sees; False where there is no room for them."""
     n = s.numbers
@@ -489,7 +489,7 @@ def _fork_one(s: PlanState, parent: int, slot: int) -> bool:
     return True
 
 
-@njit(cache=True)
+@njit
 def _join(s: PlanState, tile: Int32Array, first: int, count: int) -> bool:
     """Lengthen a segment of a request's own tile that ends at row `first`, if one of the last does.
 
@@ -504,7 +504,7 @@ def _join(s: PlanState, tile: Int32Array, first: int, count: int) -> bool:
     return False
 
 
-@njit(cache=True)
+@njit
 def _add_item(s: PlanState, head: int, tokens: int, slot: int) -> None:
     """An item for all tokens of one head of the newest tile, a request's own; the worker with least to do takes it."""
     n = s.numbers
@@ -542,7 +542,7 @@ def _add_item(s: PlanState, head: int, tokens: int, slot: int) -> None:
     n[_USED_PIECES] += 1
 
 
-@njit(cache=True)
+@njit
 def finish(s: PlanState, slots: Int32Array) -> bool:
     """Take slots out of their tiles; False where the tree must be planned anew."""
     n = s.numbers
@@ -567,14 +567,14 @@ def finish(s: PlanState, slots: Int32Array) -> bool:
     return _ends_well(s)
 
 
-@njit(cache=True)
+@njit
 def _nobody_sees(s: PlanState, tile: int, first_row: int, end_row: int) -> bool:
     n = s.numbers
     first = n[_ORDER_AT] + s.tiles[tile, _FIRST]
     return bool(np.all(s.packed[first + first_row // n[_GROUP] : first + end_row // n[_GROUP]] < 0))
 
 
-@njit(cache=True)
+@njit
 def _empty(s: PlanState, tile: int, segment: int, begin: int, end: int, token_steps: float) -> None:
     """Take the tokens of a segment, [begin, end) of its tile's, out of the pieces."""
     n = s.numbers

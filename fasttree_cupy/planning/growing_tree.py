@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from fasttree_cupy.capacity import Capacity
+from fasttree_cupy.compiled import njit
 from fasttree_cupy.planning.subtree import _Layout
 from fasttree_cupy.tree import KVTree
 
@@ -132,7 +132,7 @@ _FREE_NODE, _USED_NODES, _FREE_RUN, _USED_RUNS, _TOKENS, _ROOT = range(6)
 """The first free node, how many places have ever been used, the same of runs, the tokens held, the root."""
 
 
-@njit(cache=True, inline="always")
+@njit(inline="always")
 def _take(numbers: Int64Array, first: int, links: Int32Array) -> int:
     """A free place: one that was given back, or the next that was never used."""
     place = numbers[first]
@@ -144,13 +144,13 @@ def _take(numbers: Int64Array, first: int, links: Int32Array) -> int:
     return int(place)
 
 
-@njit(cache=True)
+@njit
 def _give_back(numbers: Int64Array, first: int, links: Int32Array, place: int) -> None:
     links[place] = numbers[first]
     numbers[first] = place
 
 
-@njit(cache=True)
+@njit
 def _set_node(nodes: TreeNodes, node: int, parent: int) -> None:
     nodes.parent[node] = parent
     nodes.tokens[node] = 0
@@ -160,7 +160,7 @@ def _set_node(nodes: TreeNodes, node: int, parent: int) -> None:
     nodes.last_run[node] = -1
 
 
-@njit(cache=True, inline="always")
+@njit(inline="always")
 def _begin_run(nodes: TreeNodes, node: int, row: int) -> None:
     """Add a run of one token."""
     run = _take(nodes.numbers, _FREE_RUN, nodes.run_next)
@@ -174,7 +174,7 @@ def _begin_run(nodes: TreeNodes, node: int, row: int) -> None:
     nodes.last_run[node] = run
 
 
-@njit(cache=True)
+@njit
 def _load(
     nodes: TreeNodes,
     parent: Int32Array,
@@ -198,7 +198,7 @@ def _load(
         nodes.ends[request_node[slot]] += 1
 
 
-@njit(cache=True)
+@njit
 def _append(nodes: TreeNodes, slots: Int32Array, rows: Int32Array) -> None:
     if rows.shape[1] == 0:
         return
@@ -222,7 +222,7 @@ def _append(nodes: TreeNodes, slots: Int32Array, rows: Int32Array) -> None:
         nodes.numbers[_TOKENS] += rows.shape[1]
 
 
-@njit(cache=True)
+@njit
 def append_if_room(nodes: TreeNodes, slots: Int32Array, rows: Int32Array, most_tokens: int) -> bool:
     """Add tokens as `GrowingTree.append` does; False, and nothing else, where they would be more than `most_tokens`."""
     if nodes.numbers[_TOKENS] + rows.size > most_tokens:
@@ -231,7 +231,7 @@ def append_if_room(nodes: TreeNodes, slots: Int32Array, rows: Int32Array, most_t
     return True
 
 
-@njit(cache=True)
+@njit
 def _fork(nodes: TreeNodes, parents: Int32Array, slots: Int32Array) -> None:
     for i in range(len(parents)):
         node = nodes.slot_node[parents[i]]
@@ -239,7 +239,7 @@ def _fork(nodes: TreeNodes, parents: Int32Array, slots: Int32Array) -> None:
         nodes.ends[node] += 1
 
 
-@njit(cache=True)
+@njit
 def _finish(nodes: TreeNodes, slots: Int32Array) -> None:
     for slot in slots:
         node = nodes.slot_node[slot]
@@ -259,7 +259,7 @@ def _finish(nodes: TreeNodes, slots: Int32Array) -> None:
             node = parent
 
 
-@njit(cache=True)
+@njit
 def _depth_first(nodes: TreeNodes) -> Int32Array:
     """The nodes, each before its children."""
     used, root = nodes.numbers[_USED_NODES], nodes.numbers[_ROOT]
@@ -287,14 +287,14 @@ def _depth_first(nodes: TreeNodes) -> Int32Array:
     return order
 
 
-@njit(cache=True)
+@njit
 def _continues(nodes: TreeNodes, node: int) -> bool:
     """Whether a node is the only way on from its parent, so that the two could be one."""
     parent = nodes.parent[node]
     return bool(parent >= 0 and nodes.ends[parent] == 0 and nodes.children[parent] == 1)
 
 
-@njit(cache=True)
+@njit
 def _snapshot(
     nodes: TreeNodes, live: Int32Array, num_tokens: int
 ) -> tuple[Int32Array, Int64Array, Int32Array, Int32Array]:
@@ -325,7 +325,7 @@ def _snapshot(
     return parent[:count], seqlen[:count], request_node, rows
 
 
-@njit(cache=True)
+@njit
 def _layout(nodes: TreeNodes, live: Int32Array) -> tuple[Int32Array, Int64Array, Int64Array, Int64Array, Int64Array]:
     """Slots in depth-first order; of each run its tokens, its first row, and who has it, as positions in that order."""
     order = _depth_first(nodes)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from fasttree_cupy.compiled import njit
 from fasttree_cupy.planning.subtree import WARP_ROWS, _Layout
 
 __all__ = ["CHUNK_TOKENS", "READ_ONCE", "is_together", "tile_segments", "tile_tokens"]
@@ -28,7 +28,7 @@ READ_ONCE = 1 << 16
 """Added to a segment's end row where no other tile reads its tokens: kReadOnce of cuda_src/include/plan.cuh."""
 
 
-@njit(cache=True)
+@njit
 def tile_tokens(layout: _Layout, batch: int, group: int, requests: int) -> tuple[Int64Array, Int64Array]:
     """Tokens that each tile attends to, and how many of them are seen together."""
     num_tiles = -(-batch // requests)
@@ -44,7 +44,7 @@ def tile_tokens(layout: _Layout, batch: int, group: int, requests: int) -> tuple
     return tokens, together
 
 
-@njit(cache=True)
+@njit
 def _tile_of(batch: int, requests: int) -> Int32Array:
     """The tile of each position: to look it up takes a tenth of the time of a division."""
     tiles = np.empty(batch, np.int32)
@@ -53,7 +53,7 @@ def _tile_of(batch: int, requests: int) -> Int32Array:
     return tiles
 
 
-@njit(cache=True)
+@njit
 def _rows(layout: _Layout, node: int, tile: int, group: int, requests: int) -> tuple[int, int]:
     """The tile's rows that see a node."""
     first = tile * requests
@@ -62,7 +62,7 @@ def _rows(layout: _Layout, node: int, tile: int, group: int, requests: int) -> t
     return begin * group, end * group
 
 
-@njit(cache=True)
+@njit
 def _tile_warps(batch: int, group: int, requests: int) -> Int32Array:
     """Warps that have rows of each tile: all but the last tile have `requests` requests."""
     num_tiles = -(-batch // requests)
@@ -72,13 +72,13 @@ def _tile_warps(batch: int, group: int, requests: int) -> Int32Array:
     return warps
 
 
-@njit(cache=True)
+@njit
 def is_together(begin: int, end: int, warps: int) -> bool:
     """Whether rows `begin` to `end` of a tile lie in more than half of the `warps` that have some of its rows."""
     return ((end - 1) // WARP_ROWS - begin // WARP_ROWS + 1) * 2 > warps
 
 
-@njit(cache=True)
+@njit
 def tile_segments(
     layout: _Layout, batch: int, group: int, requests: int, row_groups: int, step_tokens: int, mark: int
 ) -> tuple[Int64Array, Int32Array, Int32Array]:
@@ -105,7 +105,7 @@ def tile_segments(
     return bounds, segments[:total], starts[:total]
 
 
-@njit(cache=True)
+@njit
 def _queue(
     layout: _Layout, num_tiles: int, batch: int, group: int, requests: int, queues: int, mark: int
 ) -> tuple[Int64Array, Int32Array, int]:
@@ -144,7 +144,7 @@ def _queue(
     return ends, runs, room
 
 
-@njit(cache=True)
+@njit
 def _deal_out(
     left: Int64Array, first: Int64Array, runs: Int32Array, segments: Int32Array, starts: Int32Array, at: int, step: int
 ) -> int:
@@ -189,7 +189,7 @@ def _deal_out(
     return _deal_rest(left, first, runs, segments, starts, begin, at, dealt)
 
 
-@njit(cache=True)
+@njit
 def _deal_rest(
     left: Int64Array,
     first: Int64Array,
@@ -219,7 +219,7 @@ def _deal_rest(
     return at
 
 
-@njit(cache=True)
+@njit
 def _take_tokens(
     first: Int64Array,
     runs: Int32Array,

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from fasttree_cupy.compiled import njit
 from fasttree_cupy.planning.machine import Machine
 from fasttree_cupy.tree import KVTree
 
@@ -184,7 +184,7 @@ class _Layout(NamedTuple):
     ends: Int64Array
 
 
-@njit(cache=True)
+@njit
 def _pool_runs(layout: _Layout, kv_indices: Int32Array) -> _Layout:
     """The layout of the runs of consecutive rows that the nodes' tokens have in a pool, in the nodes' order."""
     runs = 0
@@ -208,7 +208,7 @@ def _pool_runs(layout: _Layout, kv_indices: Int32Array) -> _Layout:
     return _Layout(order, seqlen, kv_ptrs, begins, ends)
 
 
-@njit(cache=True)
+@njit
 def _positions(
     parent: Int32Array, order: Int32Array, request_node: Int32Array, request_order: Int32Array
 ) -> tuple[Int64Array, Int64Array]:
@@ -236,7 +236,7 @@ def _positions(
     return begins, begins + total
 
 
-@njit(cache=True)
+@njit
 def _list_of(layout: _Layout, node: int, tile: int, group: int, row_warps: int, requests: int) -> tuple[int, int, int]:
     """Which of a tile's lists a node's tokens go to, and the rows of the tile that see them.
 
@@ -250,7 +250,7 @@ def _list_of(layout: _Layout, node: int, tile: int, group: int, row_warps: int, 
     return (1 + warp if own else 0), row_begin, row_end
 
 
-@njit(cache=True)
+@njit
 def _measure(layout: _Layout, batch: int, group: int, row_warps: int, requests: int) -> tuple[Int64Array, Int64Array]:
     """Steps that a warp of each tile takes in one token group, and over all: own and shared warp steps, tokens read."""
     num_tiles = -(-batch // requests)
@@ -279,7 +279,7 @@ def _measure(layout: _Layout, batch: int, group: int, row_warps: int, requests: 
     return steps, work
 
 
-@njit(cache=True)
+@njit
 def _runs(steps: Int64Array, groups: int, batch: int, requests: int) -> Int64Array:
     """Runs of tiles alike: steps shared by the token groups, number of tiles, requests in them."""
     runs = np.empty((len(steps), 3), np.int64)
@@ -294,7 +294,7 @@ def _runs(steps: Int64Array, groups: int, batch: int, requests: int) -> Int64Arr
     return runs[: last + 1]
 
 
-@njit(cache=True)
+@njit
 def _choose(
     layout: _Layout,
     batch: int,
@@ -326,7 +326,7 @@ def _choose(
     return best
 
 
-@njit(cache=True)
+@njit
 def _cost(
     runs: Int64Array,
     work: Int64Array,
@@ -368,7 +368,7 @@ def _cost(
     return float(cost)
 
 
-@njit(cache=True)
+@njit
 def _build(
     layout: _Layout,
     request_order: Int32Array,
@@ -389,7 +389,7 @@ def _build(
     return items[order], cut_segments, _merge_lists(request_order, pieces, requests)
 
 
-@njit(cache=True)
+@njit
 def _tiles(layout: _Layout, batch: int, group: int, row_warps: int, requests: int) -> tuple[Int64Array, Int32Array]:
     """Segments of each tile: ``segments[bounds[i] : bounds[i + 1]]`` with ``i = tile * (row_warps + 1) + which``."""
     num_tiles = -(-batch // requests)
@@ -419,7 +419,7 @@ def _tiles(layout: _Layout, batch: int, group: int, row_warps: int, requests: in
     return bounds, segments
 
 
-@njit(cache=True)
+@njit
 def _cut(
     bounds: Int64Array,
     segments: Int32Array,
@@ -473,7 +473,7 @@ def _cut(
     return items, out[:at], lengths
 
 
-@njit(cache=True)
+@njit
 def _part(
     bounds: Int64Array, segments: Int32Array, which: int, tile: int, part: int, parts: int, out: Int32Array, at: int
 ) -> tuple[int, int]:
@@ -496,7 +496,7 @@ def _part(
     return at, last - first
 
 
-@njit(cache=True)
+@njit
 def _merge_lists(
     request_order: Int32Array, pieces: Int64Array, requests: int
 ) -> tuple[Int32Array, Int32Array, Int32Array, Int32Array]:
