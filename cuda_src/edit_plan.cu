@@ -1,7 +1,8 @@
-// Grid (ceil(count / 128)), block 128 threads: edits of the arrays of a plan for tree_decode_sm90, a thread each.
+// Grid (ceil(count / 128) or more), block 128 threads: edits of the arrays of a plan for tree_decode_sm90, a thread each.
 #include "types.cuh"
 
 constexpr int kThreads = 128;
+static_assert(kThreads == FT_THREADS, "host and device agree on a block's threads");
 constexpr int kMostEdits = 510;  // of a launch: its parameters are 4 KB at most
 
 struct alignas(8) Edit {

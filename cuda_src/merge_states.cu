@@ -6,6 +6,7 @@
 #include "softmax.cuh"
 
 constexpr int kWarps = 4;
+static_assert(kWarps * kWarpSize == FT_THREADS, "host and device agree on a block's threads");
 
 // Mirrored field by field in fasttree_cupy/execution/merge_kernel.py. Strides count elements; the last axis is contiguous.
 struct MergeStatesParams {

@@ -28,10 +28,11 @@ static_assert(kTokenWarps == 1 || kTokenWarps * kRows * kHeadDim * 4 <= kStages 
               "the merge reuses the tiles' shared memory");
 // kernels.py computes the same number.
 static_assert(kStages * kStageBytes == FT_SHARED_BYTES, "host and device agree on shared memory");
+static_assert(kThreads == FT_THREADS, "host and device agree on a block's threads");
 
 // Merges the softmax states of the warps that shared these rows; afterwards every warp's outputs are on one scale and
 // its states hold the sum over all. `exchange` holds two floats a row and token warp.
-__device__ __forceinline__ void merge_states(WarpRows& rows, float* exchange, int row_warp, int token_warp, int lane) {
+__device__ __forceinline__ void merge_token_warps(WarpRows& rows, float* exchange, int row_warp, int token_warp, int lane) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = row_warp * 16 + lane / 4 + half * 8;
@@ -141,15 +142,15 @@ __device__ __forceinline__ void attend_block(const VnodeView& vnode, int first_r
     const u32 ring = u32(__cvta_generic_to_shared(shared));
     const int tiles = ceil_div(vnode.kv_len, kKvTile);
 
-    // Each warp gathers kWarpRows rows of a tile. Their entries are fetched one tile ahead of the rows themselves: a
+    // Each warp gathers kGatheredRows rows of a tile. Their entries are fetched one tile ahead of the rows themselves: a
     // copy never waits for its own addresses.
-    constexpr int kWarpRows = kKvTile / kWarps;
-    const int copy_row = threadIdx.x / kWarpSize * kWarpRows;
-    using Gather = WarpGather<kWarpRows, kHeadDim>;
+    constexpr int kGatheredRows = kKvTile / kWarps;
+    const int copy_row = threadIdx.x / kWarpSize * kGatheredRows;
+    using Gather = WarpGather<kGatheredRows, kHeadDim>;
     int entry;  // lane i's: row i of the warp's share; -1 past the end
     const auto fetch = [&](int tile) {
         const int token = tile * kKvTile + copy_row + lane;
-        entry = lane < kWarpRows && token < vnode.kv_len ? entries[token] : -1;
+        entry = lane < kGatheredRows && token < vnode.kv_len ? entries[token] : -1;
     };
     const auto start_copy = [&](int tile) {
         if (tile < tiles) {
@@ -184,7 +185,7 @@ __device__ __forceinline__ void attend_block(const VnodeView& vnode, int first_r
         wait_copies<0>();
         __syncthreads();  // the tiles' memory is free
         float* exchange = reinterpret_cast<float*>(shared);
-        merge_states(rows, exchange, row_warp, token_warp, lane);
+        merge_token_warps(rows, exchange, row_warp, token_warp, lane);
         write_merged(rows, exchange, vnode, first_row, row_warp, token_warp, lane);
         if (token_warp == 0) write_lse(rows, vnode, first_row + row_warp * 16, lane);
     } else {

@@ -7,6 +7,7 @@
 #include "stage1_params.cuh"
 
 constexpr int kWarps = 4;
+static_assert(kWarps * kWarpSize == FT_THREADS, "host and device agree on a block's threads");
 constexpr int kLaneDims = max_of(1, kHeadDim / kWarpSize);  // lane i holds dimensions i, i + 32, ...
 constexpr int kUnroll = 4;                                  // tokens in flight, to hide the latency of their loads
 

@@ -3,6 +3,7 @@
 //
 // Stage 1 for compute capability 9.0, both phases in one launch. Blocks of the first phase, whose vnodes have many rows and
 // so many products, lie among those of the second, which mostly wait for memory.
+#include "dependent_launch.cuh"
 #include "stage1_narrow.cuh"
 #include "stage1_wide.cuh"
 

@@ -1,7 +1,7 @@
 // Grid (ceil(merges * qo_heads / heads / kWarps)), block kWarps * 32 threads: a warp merges some heads of a request.
 //
 // Stage 2: merges the partial outputs of one request and head by log-sum-exp. A request without partials gets 0.
-#include "barrier.cuh"
+#include "dependent_launch.cuh"
 #include "softmax.cuh"
 
 constexpr int kWarps = 4;
@@ -12,6 +12,7 @@ constexpr int kHeads = kLaneDims <= 4 ? 4 : 2;
 constexpr int kUnrollOne = 8, kUnrollHeads = 4;
 
 static_assert(kActiveLanes <= kWarpSize, "a warp covers a row");
+static_assert(kWarps * kWarpSize == FT_THREADS, "host and device agree on a block's threads");
 
 // A lane's share of a row. Rows of mid_o start at a multiple of its size, so it loads in the widest pieces there are.
 struct alignas(4 * min_of(4, kLaneDims)) Partial {
@@ -57,10 +58,10 @@ __device__ __forceinline__ void write(const Stage2Params& p, int request, int he
 
 // A warp's share: kRows heads of a request from `head` on, kUnroll partial outputs of each at a time.
 template <int kRows, int kUnroll>
-__device__ __forceinline__ void merge(const Stage2Params& p, int merge, int head, int lane) {
-    const int request = p.requests == nullptr ? merge : p.requests[merge];
-    const int count = p.req_to_vnode_lens[merge];
-    const int* entries = p.req_to_vnode_entries + p.req_to_vnode_offs[merge];
+__device__ __forceinline__ void merge(const Stage2Params& p, int index, int head, int lane) {
+    const int request = p.requests == nullptr ? index : p.requests[index];
+    const int count = p.req_to_vnode_lens[index];
+    const int* entries = p.req_to_vnode_entries + p.req_to_vnode_offs[index];
     int partials[kUnroll];
     const auto find = [&](int first) {
 #pragma unroll

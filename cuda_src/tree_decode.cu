@@ -18,10 +18,13 @@ constexpr int kWarpTileBytes = kWarpTokens * kHeadDim * 2;
 constexpr int kWarpStageBytes = 2 * kWarpTileBytes;  // K and V
 constexpr int kRingBytes = kWarps * kStages * kWarpStageBytes;
 constexpr int kOutputBytes = kWarps * 16 * kHeadDim * 4;
-constexpr int kChunks = kHeadDim / 8;  // of 8 elements
+constexpr int kRowVectors = kHeadDim / 8;  // of 8 elements
 
 static_assert(kOutputBytes + kWarps * 16 * 8 <= kRingBytes, "the merge reuses the ring's shared memory");
 static_assert(kRingBytes == FT_SHARED_BYTES, "host and device agree on shared memory");
+static_assert(kThreads == FT_THREADS, "host and device agree on a block's threads");
+static_assert(kWarps <= 4, "as many warps and token groups as an Item has lists for");
+static_assert(kStages >= 2, "one tile is worked on while others arrive");
 
 // Who this warp is within its block, for an item's number of row warps.
 struct WarpRole {
@@ -158,7 +161,7 @@ __device__ __forceinline__ void attend_list(WarpRows& rows, const Operands& oper
 
 // Merges the token groups' softmax states: afterwards outputs are on one scale, normalised and multiplied by
 // `value_scale`; `lse` is the rows'.
-__device__ __forceinline__ void merge_states(WarpRows& rows, float (&lse)[2], Float2* exchange, const WarpRole& role,
+__device__ __forceinline__ void merge_token_groups(WarpRows& rows, float (&lse)[2], Float2* exchange, const WarpRole& role,
                                              float value_scale) {
     const int num_rows = role.row_warps * 16;
 #pragma unroll
@@ -198,7 +201,7 @@ __device__ __forceinline__ void stage_outputs(const WarpRows& rows, float* share
         float* to = shared + (role.group * role.row_warps * 16 + row) * kHeadDim + role.lane % 4 * 2;
 #pragma unroll
         for (int d = 0; d < 2 * kDimSteps; ++d) {
-            *reinterpret_cast<Float2*>(to + ((d ^ row) % kChunks) * 8) =
+            *reinterpret_cast<Float2*>(to + ((d ^ row) % kRowVectors) * 8) =
                 Float2{rows.o[d][half * 2], rows.o[d][half * 2 + 1]};
         }
     }
@@ -216,14 +219,14 @@ __device__ __forceinline__ void write_outputs(const float* shared, const TreeDec
                                               int kv_head, const WarpRole& role) {
     const int num_rows = item.num_requests * p.group;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < num_rows * kChunks; i += kThreads) {
-        const int row = i / kChunks;
-        const int chunk = i % kChunks;
+    for (int i = threadIdx.x; i < num_rows * kRowVectors; i += kThreads) {
+        const int row = i / kRowVectors;
+        const int chunk = i % kRowVectors;
         float sum[8] = {};
 #pragma unroll 1
         for (int g = 0; g < role.groups; ++g) {
             const Float4* from = reinterpret_cast<const Float4*>(
-                shared + (g * role.row_warps * 16 + row) * kHeadDim + ((chunk ^ row) % kChunks) * 8);
+                shared + (g * role.row_warps * 16 + row) * kHeadDim + ((chunk ^ row) % kRowVectors) * 8);
 #pragma unroll
             for (int e = 0; e < 8; ++e) sum[e] += from[e / 4].value[e % 4];
         }
@@ -276,7 +279,7 @@ tree_decode(const __grid_constant__ TreeDecodeParams p) {
     __syncthreads();  // the rings of all warps are free
     float* outputs = reinterpret_cast<float*>(shared);
     float lse[2];
-    merge_states(rows, lse, reinterpret_cast<Float2*>(shared + kOutputBytes), role, value_scale(p, kv_head));
+    merge_token_groups(rows, lse, reinterpret_cast<Float2*>(shared + kOutputBytes), role, value_scale(p, kv_head));
     stage_outputs(rows, outputs, role);
     __syncthreads();
     write_outputs(outputs, p, item, kv_head, role);

@@ -199,7 +199,7 @@ FAULTS: dict[str, tuple[Kernel, Load, Edits]] = {
     "a word written before all lanes have read it": (
         BFLOAT16,
         MANY_PIECES,
-        (("& kLaunch) + 1 & kLaunch;\n            __syncwarp();", "& kLaunch) + 1 & kLaunch;"),),
+        (("+ 1 & kLaunchMask;\n            __syncwarp();", "+ 1 & kLaunchMask;"),),
     ),
     "values given back by who widens no tile": (
         FLOAT8,

@@ -31,61 +31,60 @@ __device__ __forceinline__ void wait_copies() {
 __device__ __forceinline__ void store_shared(u32 address, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
-// Stores 16 float8 as two chunks of eight elements.
-template <typename To>
+// Stores 16 float8 as two vectors of eight elements.
 __device__ __forceinline__ void store_widened(u32 first, u32 second, const u32 (&words)[4]) {
     u32 pairs[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) pairs[i] = To::from_halves(KVElement::to_halves(words[i / 2], i % 2));
+    for (int i = 0; i < 8; ++i) pairs[i] = Element::from_halves(KVElement::to_halves(words[i / 2], i % 2));
     store_shared(first, pairs[0], pairs[1], pairs[2], pairs[3]);
     store_shared(second, pairs[4], pairs[5], pairs[6], pairs[7]);
 }
 #endif
 
-// A tile of rows of kDim 16-bit elements, cut into chunks of 16 bytes. It starts at a multiple of its row's size.
+// A tile of rows of kDim 16-bit elements, cut into vectors of 16 bytes. It starts at a multiple of its row's size.
 //
-// ldmatrix reads one chunk of eight consecutive rows at a time. Their bank is fixed by the chunk's index and, in rows
+// ldmatrix reads one vector of eight consecutive rows at a time. Their bank is fixed by the vector's index and, in rows
 // shorter than 128 bytes, by the row's place in a 128-byte line: exclusive-or spreads the eight over all banks. It also
-// makes addresses cheap: what depends on the lane is one number, and a step to another chunk or row is an exclusive-or
+// makes addresses cheap: what depends on the lane is one number, and a step to another vector or row is an exclusive-or
 // or a sum with a constant.
 template <int kDim>
 struct TileLayout {
     static constexpr int kRowBytes = kDim * 2;
-    static constexpr int kChunks = kDim / 8;
-    static constexpr int kRowsPerLine = max_of(1, 8 / kChunks);
-    static constexpr int kMask = min_of(8, kChunks) - 1;
+    static constexpr int kVectors = kDim / 8;
+    static constexpr int kRowsPerLine = max_of(1, 8 / kVectors);
+    static constexpr int kMask = min_of(8, kVectors) - 1;
 
     static __device__ constexpr u32 swizzle(int row) { return u32((row / kRowsPerLine) & kMask) << 4; }
-    static __device__ __forceinline__ u32 offset(int row, int chunk) {
-        return (u32(row * kRowBytes + (chunk << 4))) ^ swizzle(row);
+    static __device__ __forceinline__ u32 offset(int row, int vector) {
+        return (u32(row * kRowBytes + (vector << 4))) ^ swizzle(row);
     }
 };
 
-// The share of one warp in gathering a tile: 32 / kChunks rows a pass, one chunk a lane.
+// The share of one warp in gathering a tile: 32 / kVectors rows a pass, one vector a lane.
 template <int kRows, int kDim>
 struct WarpGather {
     using Layout = TileLayout<kDim>;
-    static constexpr int kRowsPerPass = kWarpSize / Layout::kChunks;
+    static constexpr int kRowsPerPass = kWarpSize / Layout::kVectors;
     static constexpr int kPasses = ceil_div(kRows, kRowsPerPass);
-    static_assert(Layout::kChunks <= kWarpSize, "a warp copies at least one row a pass");
+    static_assert(Layout::kVectors <= kWarpSize, "a warp copies at least one row a pass");
     static_assert(kRows <= kWarpSize, "each lane holds one entry");
 
     static __device__ __forceinline__ int row(int pass, int lane) {
-        return pass * kRowsPerPass + lane / Layout::kChunks;
+        return pass * kRowsPerPass + lane / Layout::kVectors;
     }
     // Shared address of this lane's chunk in a pass, `first` being that of pass 0.
     static __device__ __forceinline__ u32 shared_address(u32 first, int pass) {
         return (first ^ Layout::swizzle(pass * kRowsPerPass)) + pass * kRowsPerPass * Layout::kRowBytes;
     }
     static __device__ __forceinline__ u32 first_address(u32 tile, int lane) {
-        return tile + Layout::offset(lane / Layout::kChunks, lane % Layout::kChunks);
+        return tile + Layout::offset(lane / Layout::kVectors, lane % Layout::kVectors);
     }
 
     // Copies the rows that lane i's entry i names; a negative entry gives zeros.
     static __device__ __forceinline__ void copy_entries(u32 tile, const u16* base, int row_stride, int entry,
                                                         int lane) {
         const u32 first = first_address(tile, lane);
-        base += lane % Layout::kChunks * 8;
+        base += lane % Layout::kVectors * 8;
 #pragma unroll
         for (int pass = 0; pass < kPasses; ++pass) {
             const int from = __shfl_sync(0xffffffffu, entry, row(pass, lane) % kWarpSize);
@@ -98,7 +97,7 @@ struct WarpGather {
     static __device__ __forceinline__ void copy_run(u32 tile, const u16* base, int row_stride, int count, int lane) {
         const u32 first = first_address(tile, lane);
         const i64 step = i64(kRowsPerPass) * row_stride;
-        const u16* from = base + i64(lane / Layout::kChunks) * row_stride + lane % Layout::kChunks * 8;
+        const u16* from = base + i64(lane / Layout::kVectors) * row_stride + lane % Layout::kVectors * 8;
         if (count >= kRows) {
 #pragma unroll
             for (int pass = 0; pass < kPasses; ++pass, from += step) {
@@ -136,7 +135,7 @@ struct WarpGather {
             for (int pass = 0; pass < kBatch; ++pass) {
                 const int to = row + pass * kRawRows;
                 if (to >= kRows) break;
-                store_widened<Element>(tile + Layout::offset(to, chunk * 2), tile + Layout::offset(to, chunk * 2 + 1),
+                store_widened(tile + Layout::offset(to, chunk * 2), tile + Layout::offset(to, chunk * 2 + 1),
                                        words[pass]);
             }
         }

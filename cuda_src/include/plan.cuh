@@ -5,7 +5,7 @@
 // A run of consecutive rows of K and V, and which rows of its item may see it. Ranges are half-open.
 struct alignas(16) Segment {
     int kv_begin;
-    int kv_len;  // positive
+    int kv_len;  // positive; in tree_decode_sm90's plans it may be 0
     int row_begin;
     int row_end;  // in tree_decode_sm90's plans plus kReadOnce where nobody else reads these tokens
 };
@@ -38,7 +38,7 @@ struct TreeDecodeParams {
     const Segment* segments;    // [segments]
     const int* request_order;   // [batch]: requests in plan order
     i64 q_stride_request, q_stride_head;
-    i64 k_stride_token, k_stride_head;
+    i64 k_stride_token, k_stride_head;  // token strides below 2^30
     i64 v_stride_token, v_stride_head;
     i64 o_stride_request, o_stride_head;
     int kv_heads;

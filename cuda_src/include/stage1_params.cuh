@@ -16,7 +16,7 @@ struct Stage1Params {
     float* mid_o;                    // [partials, qo_heads, head_dim], contiguous: normalised partial outputs
     float* mid_lse;                  // [partials, qo_heads], contiguous: natural log
     i64 q_stride_request, q_stride_head;
-    i64 k_stride_token, k_stride_head;  // stage1_mma takes token strides below 2^31
+    i64 k_stride_token, k_stride_head;  // token strides below 2^30 on tensor cores
     i64 v_stride_token, v_stride_head;
     int first_vnode;                 // of this launch's phase
     int group;                       // query heads a KV head

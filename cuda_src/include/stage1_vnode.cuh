@@ -7,8 +7,9 @@
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kStages = 2;                 // places for tiles: one is worked on while another arrives
-constexpr int kCopyChunks = kHeadDim / 8;  // of 16 bytes, in a row of K or V
+constexpr int kStages = 2;                  // places for tiles: one is worked on while another arrives
+constexpr int kCopyVectors = kHeadDim / 8;  // of 16 bytes, in a row of K or V
+static_assert(kThreads == FT_THREADS, "host and device agree on a block's threads");
 static_assert(!kFloat8, "a bulk copy does not widen");
 static_assert(kBoxTokens == kChunkTokens, "a warp gathers a box, or as many rows");
 
@@ -48,8 +49,8 @@ __device__ __forceinline__ Source values_of(const Stage1Sm90Params& p, int kv_he
 
 // Where a warp's 16 tokens of a tile lie. Lanes i and i + 16 know token i's row.
 struct Chunk {
-    int row;      // of K and V; -1: past the last token
-    bool follow;  // all rows follow one another: they can come as boxes
+    int row;              // of K and V; -1: past the last token
+    bool follow = false;  // all rows follow one another, as look() finds: they can come as boxes
 
     // The chunk that begins with the vnode's token `first`.
     __device__ __forceinline__ Chunk(const int* entries, int first, int tokens, int lane) {
@@ -78,11 +79,11 @@ struct Chunk {
             }
             return;
         }
-        constexpr int kPassRows = kWarpSize / kCopyChunks;
-        const int column = lane % kCopyChunks;
+        constexpr int kPassRows = kWarpSize / kCopyVectors;
+        const int column = lane % kCopyVectors;
 #pragma unroll 1
         for (int pass = 0; pass < kChunkTokens / kPassRows; ++pass) {
-            const int token = pass * kPassRows + lane / kCopyChunks;
+            const int token = pass * kPassRows + lane / kCopyVectors;
             const int own = __shfl_sync(0xffffffffu, row, token);
             const u32 place = column / 8 * panel_bytes + token * kPanelRowBytes + ((column ^ token) % 8) * 16;
             copy_async_16(to + place, from.head + i64(max(own, 0)) * from.stride + column * 8, own >= 0, read_once);

@@ -2,6 +2,8 @@
 #pragma once
 #include "stage1_vnode.cuh"
 
+static_assert(kWarps * kChunkTokens == kTileTokens && kTileTokens == kGroupRows, "four warps gather a tile of 64 tokens");
+
 struct alignas(1024) WideShared {
     alignas(1024) unsigned char k[kStages][kTileTokens * kHeadDim * 2];
     alignas(1024) unsigned char v[kStages][kTileTokens * kHeadDim * 2];

@@ -6,23 +6,23 @@
 #pragma once
 #include "types.cuh"
 
-// Tiles in shared memory are panels of 64 elements (128 bytes) a row, chunks of 16 bytes swizzled by the row's number
+// Tiles in shared memory are panels of 64 elements (128 bytes) a row, vectors of 16 bytes swizzled by the row's number
 // modulo 8. A panel starts at a multiple of 1024 bytes.
 constexpr int kPanelElements = 64;
 constexpr int kPanelRowBytes = 128;
 
-// Where a lane writes when a warp copies rows of kChunks chunks of 16 bytes into a tile of kRows rows, as many rows a
-// pass as it has lanes for. The lane's chunk stays, so that a pass is an exclusive-or and a sum with constants.
-template <int kRows, int kChunks>
+// Where a lane writes when a warp copies rows of kVectors times 16 bytes into a tile of kRows rows, as many rows a
+// pass as it has lanes for. The lane's vector stays, so that a pass is an exclusive-or and a sum with constants.
+template <int kRows, int kVectors>
 struct PanelPlace {
-    static constexpr int kRowsPerPass = 32 / kChunks;
+    static constexpr int kRowsPerPass = 32 / kVectors;
     static_assert(8 % kRowsPerPass == 0, "passes start at different rows of the swizzle's eight");
     u32 lane_offset;
 
     // first_row: of the warp's rows, a multiple of 8.
     __device__ __forceinline__ PanelPlace(int first_row, int lane)
-        : lane_offset(lane % kChunks / 8 * kRows * kPanelRowBytes + (first_row + lane / kChunks) * kPanelRowBytes +
-                      ((lane % 8) ^ (lane / kChunks)) * 16) {}
+        : lane_offset(lane % kVectors / 8 * kRows * kPanelRowBytes + (first_row + lane / kVectors) * kPanelRowBytes +
+                      ((lane % 8) ^ (lane / kVectors)) * 16) {}
 
     __device__ __forceinline__ u32 offset(int pass) const {
         const int row = pass * kRowsPerPass;

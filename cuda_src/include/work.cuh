@@ -31,7 +31,9 @@ struct WorkParams {
     float* mid_o;              // [partials, row groups, head_dim / 2, 128]: normalised, in the accumulators' order
     float* mid_lse;            // [partials, row groups, 64]: base 2
     float* lse;                // [batch, qo_heads], contiguous: natural log; null: not wanted
-    int* counters;             // [counters, row groups]: 0 before the first launch, then left as the next one needs them
+    // 0 before the first launch, then left as the next one needs them. Of an item, from counter * row groups on: a number
+    // for each row group, or, where its pieces are merged together, words [row groups, pieces].
+    int* counters;
     const WorkItem* items;     // [items]: worker w begins with items[w]
     const Segment* segments;   // [segments]
     const int* request_order;  // [batch]: requests in plan order; -1: one that has finished

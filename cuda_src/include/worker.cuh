@@ -43,8 +43,8 @@ constexpr int kPartChunks = kWarpTokens / kChunkTokens;
 constexpr u32 kAllChunks = (1u << kPartChunks) - 1;  // of a part, a bit for each
 // The last producer warps copy an item's queries: where the first gather a tile of their own, these have it sooner.
 constexpr int kQueryWarps = kTilesAtATime == 1 ? kProducerWarps : kRows / kWarpSize;
-constexpr int kWarpRows = kRows / kQueryWarps;  // of queries
-constexpr int kChunks = kHeadDim / 8;          // of 8 elements, 16 bytes
+constexpr int kQueryRowsOfWarp = kRows / kQueryWarps;  // of queries
+constexpr int kRowVectors = kHeadDim / 8;          // of 8 elements, 16 bytes
 constexpr int kTileChunks = kTileTokens / kChunkTokens;  // as warps attend them alone
 constexpr int kTileBytes = kTileTokens * kHeadDim * 2;
 constexpr int kQueryBytes = kRows * kHeadDim * 2;
@@ -52,9 +52,11 @@ constexpr int kQueryBytes = kRows * kHeadDim * 2;
 // come after its first tile, which leaves more room for tiles.
 constexpr int kQuerySlots = kTilesAtATime == 1 ? 1 : 2;
 
+static_assert(kThreads == FT_THREADS, "host and device agree on a block's threads");
+static_assert(kRows / kChunkRows <= 8, "a bit of a byte for each 16 rows, see TileView");
 static_assert(kRowGroups == 1 || kRowGroups == 2, "two warpgroups split rows or tokens");
 static_assert(kValueStages > kTokenGroups, "each warpgroup holds the values of a tile while it waits for the next one");
-static_assert(kQueryWarps <= kProducerWarps && kWarpRows <= kWarpSize, "a lane holds one row's place");
+static_assert(kQueryWarps <= kProducerWarps && kQueryRowsOfWarp <= kWarpSize, "a lane holds one row's place");
 static_assert(kLaneTokens == 1 || kLaneTokens == 2, "see Producer::row_of");
 // A barrier's parity does not tell a phase from the one after the next.
 static_assert(kTilesAtATime <= kKeyStages && kTilesAtATime <= kValueStages,
@@ -70,7 +72,7 @@ static_assert(kMostApart < 7 && kTileChunks + 7 - kMostApart < 16, "four bits ho
 constexpr int kEveryone = 0;
 constexpr int kOwnGroup = 1;
 
-// Which of the block's rows see a tile's tokens. A bit stands for 16 rows, of which
+// Which of the block's rows see a tile's tokens. A bit stands for 16 rows, and is set where
 struct alignas(8) TileView {
     u32 chunks_seen[kTileWarps];         // here four bits stand for them: the chunks of a producer warp's part that they see
     unsigned char seen_by[kTileChunks];  // some row sees some token of the chunk
@@ -130,7 +132,7 @@ struct Shared {
     Barrier raw_k_full[kRawStages], raw_k_empty[kRawStages], raw_v_full[kRawStages], raw_v_empty[kRawStages];
 #endif
     Barrier given[2];  // each warpgroup's accumulators, with one row group
-    int merge[2];  // what a warpgroup is to merge
+    int merge_work[2];  // whether a warpgroup is to merge, or which slices
 };
 static_assert(sizeof(Shared) == FT_SHARED_BYTES, "host and device agree on shared memory");
 

@@ -2,7 +2,7 @@
 #pragma once
 #include "worker_output.cuh"
 
-// A byte for each chunk of a tile, in it a bit for each of the block's 16 rows.
+// A byte for each chunk of a tile, in it a bit for each 16 of the block's rows.
 template <int kBytes>
 struct Bytes;
 template <>
@@ -102,7 +102,7 @@ struct Consumer : Output {
 #endif
     __device__ __forceinline__ const TileView& view() const { return s.view[view_place()]; }
     __device__ __forceinline__ u32 visible() const { return shared_address(s.visible[view_place()]); }
-    // Who sees the current tile's chunks: the block's 16 rows from `first` on come first in each byte.
+    // Who sees the current tile's chunks: the block's rows from 16 * `first` on come first in each byte.
     __device__ __forceinline__ Chunks seen_by(int first) const {
         return *reinterpret_cast<const Chunks*>(view().seen_by) >> first;
     }

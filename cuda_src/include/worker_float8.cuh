@@ -3,14 +3,14 @@
 #pragma once
 #include "worker_producer.cuh"
 
-// Where a lane writes when a warp copies float8 rows of kCopyChunks chunks of 16 bytes, 512 bytes a pass.
+// Where a lane writes when a warp copies float8 rows of kCopyVectors times 16 bytes, 512 bytes a pass.
 struct RawPlace {
-    static constexpr int kRowsPerPass = kWarpSize / kCopyChunks;
+    static constexpr int kRowsPerPass = kWarpSize / kCopyVectors;
     u32 lane_offset;
 
     // first_row: of the warp's rows in the tile, a multiple of 8.
     __device__ __forceinline__ RawPlace(int first_row, int lane)
-        : lane_offset(raw_offset(first_row + lane / kCopyChunks, lane % kCopyChunks)) {}
+        : lane_offset(raw_offset(first_row + lane / kCopyVectors, lane % kCopyVectors)) {}
 
     __device__ __forceinline__ u32 offset(int pass) const {
         return (lane_offset ^ pass * kRowsPerPass % 8 * 16) + pass * kWarpSize * 16;

@@ -1,5 +1,6 @@
 // The end of a worker's item: outputs or partial ones, and the merge of the pieces of some rows.
 #pragma once
+#include "memory_order.cuh"
 #include "worker.cuh"
 
 constexpr int kSliceOutputs = 8;  // of a thread's accumulators, when workers merge together
@@ -7,7 +8,7 @@ constexpr int kSlices = kOutputs / kSliceOutputs;
 constexpr int kPiecesAtATime = 8;  // whose parts of a slice are fetched together
 constexpr u32 kAllSlices = (1u << kSlices) - 1;
 // In a piece's word, see merge_together: the launch's number, and whether the piece's worker has given up merging.
-constexpr int kGivenUp = 1 << 30, kLaunch = kGivenUp - 1;
+constexpr int kGivenUp = 1 << 30, kLaunchMask = kGivenUp - 1;
 static_assert(kSliceOutputs % 8 == 0 && kOutputs % kSliceOutputs == 0, "slices are whole runs of 16 columns");
 
 // The rows of a warpgroup, and where they go.
@@ -81,10 +82,10 @@ struct Output {
             int* counter = p.counters + item.counter * kRowGroups + row_group;
             const bool last = add_acquire_release(counter, 1) == item.pieces - 1;
             if (last) *counter = 0;  // for the next launch
-            s.merge[group] = last;
+            s.merge_work[group] = last;
         }
         named_sync(kOwnGroup + group, kGroupThreads);
-        return s.merge[group];
+        return s.merge_work[group];
     }
 
     // Where all workers end with the same rows, each merges some slices of the columns: piece i those of numbers i,
@@ -95,7 +96,7 @@ struct Output {
     __device__ __forceinline__ void merge_together(const WorkItem& item) {
         if (threadIdx.x % kGroupThreads < kWarpSize) {
             int* words = p.counters + item.counter * kRowGroups + row_group * item.pieces;
-            const int launch = (load_relaxed(words + item.piece) & kLaunch) + 1 & kLaunch;
+            const int launch = (load_relaxed(words + item.piece) & kLaunchMask) + 1 & kLaunchMask;
             __syncwarp();  // all lanes have looked: one writes there next
             const bool merges = item.piece < kSlices;
             u32 slices = 0;
@@ -104,11 +105,11 @@ struct Output {
                 const int word = gives_up ? launch | kGivenUp : launch;
                 slices = finish_piece(words, item, launch, word, merges && !gives_up ? p.polls : 0);
             }
-            if (leads()) s.merge[group] = int(slices);
+            if (leads()) s.merge_work[group] = int(slices);
         }
         named_sync(kOwnGroup + group, kGroupThreads);
 #pragma unroll 1
-        for (u32 left = u32(s.merge[group]) & kAllSlices; left != 0; left &= left - 1) merge_slice(item, __ffs(left) - 1);
+        for (u32 left = u32(s.merge_work[group]) & kAllSlices; left != 0; left &= left - 1) merge_slice(item, __ffs(left) - 1);
     }
     // Says in this piece's word what is given, and looks at all words, again up to `polls` times: 0 where not all pieces
     // are done in this launch, else a bit for each slice that falls to this warpgroup, and one beyond. By the first warp.
@@ -123,7 +124,7 @@ struct Output {
 #pragma unroll 1
             for (int piece = lane; piece < item.pieces; piece += kWarpSize) {
                 const int word = load_acquire(words + piece);
-                done = done && (word & kLaunch) == launch;
+                done = done && (word & kLaunchMask) == launch;
                 if (piece == item.piece || word != launch) slices |= slices_of(piece, item.pieces);
             }
             if (__all_sync(0xffffffffu, done)) return __reduce_or_sync(0xffffffffu, slices);

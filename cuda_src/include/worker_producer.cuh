@@ -55,7 +55,7 @@ struct SegmentStream {
 };
 
 static_assert(kBoxTokens == kChunkTokens, "chunks come as boxes");
-constexpr int kCopyChunks = kHeadDim * int(sizeof(KVBits)) / 16;  // of 16 bytes, in a row of K or V
+constexpr int kCopyVectors = kHeadDim * int(sizeof(KVBits)) / 16;  // of 16 bytes, in a row of K or V
 
 // A thread arrives when its copies are there, a warp when it has stored its part of the view.
 constexpr int kCopyArrivals = kTileWarps * kWarpSize, kViewArrivals = kTileWarps * kWarpArrivals;
@@ -75,7 +75,7 @@ __device__ __forceinline__ Slot slot_of(unsigned char (&rows)[kStages][kBytes], 
 
 // The rings that producer warps gather 16-bit tiles into: those that consumers read.
 struct TileRings {
-    using Place = PanelPlace<kTileTokens, kChunks>;
+    using Place = PanelPlace<kTileTokens, kRowVectors>;
     static constexpr int kRowBytes = kPanelRowBytes;
     static constexpr int kBoxes = kPanels;  // for 16 tokens
     Shared& s;
@@ -153,19 +153,19 @@ struct Producer {
     // Starts the copies of this warp's share of an item's queries, a row's place a lane. Of rows past the last nobody looks
     // at what is computed: any queries do.
     __device__ __forceinline__ void load_queries(const WorkItem& item, int turn) const {
-        using Place = PanelPlace<kRows, kChunks>;
-        const int first_row = (warp - (kProducerWarps - kQueryWarps)) * kWarpRows;
+        using Place = PanelPlace<kRows, kRowVectors>;
+        const int first_row = (warp - (kProducerWarps - kQueryWarps)) * kQueryRowsOfWarp;
         if (first_row < 0) return;
-        const QueryRow own(p, item, first_row + lane % kWarpRows);
+        const QueryRow own(p, item, first_row + lane % kQueryRowsOfWarp);
         const Place to(first_row, lane);
         const int slot = turn % kQuerySlots;
         const u32 tile = shared_address(s.q[slot]);
         const i64 row = own.valid ? own.request * p.q_stride_request + own.head * p.q_stride_head : 0;
         barrier_wait(s.q_empty[slot], turn / kQuerySlots % 2 ^ 1);
 #pragma unroll
-        for (int pass = 0; pass < kWarpRows / Place::kRowsPerPass; ++pass) {
-            const i64 from = __shfl_sync(0xffffffffu, row, pass * Place::kRowsPerPass + lane / kChunks);
-            copy_async_16(tile + to.offset(pass), p.q + from + lane % kChunks * 8);
+        for (int pass = 0; pass < kQueryRowsOfWarp / Place::kRowsPerPass; ++pass) {
+            const i64 from = __shfl_sync(0xffffffffu, row, pass * Place::kRowsPerPass + lane / kRowVectors);
+            copy_async_16(tile + to.offset(pass), p.q + from + lane % kRowVectors * 8);
         }
         arrive_after_copies(shared_address(&s.q_full[slot]));
     }
@@ -188,7 +188,7 @@ struct Producer {
         const Places places = find(segments, begin, item.tokens);
         const Slot keys = rings.key_slot(), values = rings.value_slot();
         barrier_wait(keys.empty, keys.parity);
-        note(places, item.num_requests * p.group);
+        write_view(places, item.num_requests * p.group);
         copy(places, keys, p.k_map, item.kv_head, k, k_stride);
         __syncwarp();  // the tile's view is written
         arrive(places, keys.full);
@@ -201,7 +201,7 @@ struct Producer {
     }
 
     __device__ __forceinline__ void choose_head(int kv_head) {
-        const int column = lane % kCopyChunks * (16 / int(sizeof(KVBits)));
+        const int column = lane % kCopyVectors * (16 / int(sizeof(KVBits)));
         k = i64(p.k + kv_head * p.k_stride_head + column);
         v = i64(p.v + kv_head * p.v_stride_head + column);
     }
@@ -283,7 +283,7 @@ struct Producer {
     }
 
     // Notes who sees the tokens. What rows past the last compute is never looked at.
-    __device__ __forceinline__ void note(const Places& places, int num_rows) {
+    __device__ __forceinline__ void write_view(const Places& places, int num_rows) {
         u32 seen_by = 0, whole = (1u << kRows / kChunkRows) - 1;
 #pragma unroll
         for (int i = 0; i < kLaneTokens; ++i) {
@@ -321,7 +321,7 @@ struct Producer {
             const int chunk = __ffs(left) - 1;
 #pragma unroll
             for (int pass = 0; pass < kChunkTokens / Place::kRowsPerPass; ++pass) {
-                const int token = pass * Place::kRowsPerPass + lane / kCopyChunks;
+                const int token = pass * Place::kRowsPerPass + lane / kCopyVectors;
                 const i64 own = row_address(base, row_of(places, chunk, token), stride);
                 copy_async_16(to.rows + chunk * kChunkTokens * Rings::kRowBytes + place.offset(pass),
                               reinterpret_cast<const void*>(own), chunk * kChunkTokens + token < places.count,

@@ -30,7 +30,7 @@ __all__ = [
 
 KERNELS = ("auto", "mma", "plain")
 VECTOR_BYTES = 16
-"""stage1_mma copies rows of K and V in pieces of this size, so every row must start at a multiple of it."""
+"""The tensor-core kernels copy rows of K and V in pieces of this size, so every row must start at a multiple of it."""
 MAX_ROW_STRIDE = 2**30
 """The tensor-core kernels count the bytes from one row of K or V to the next in 32 bits."""
 MERGING_WARPS = 4

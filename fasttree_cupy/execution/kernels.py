@@ -1,4 +1,4 @@
-"""From a kernel's configuration to its compiled form: -D options, source text, CuPy's RawModule, one cache."""
+"""From a kernel's configuration to its compiled form: -D options, source text, CuPy's RawModule."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class KernelConfig:
 
     @property
     def threads(self) -> int:
-        """Threads a block; the same sum stands in ``stage1_mma.cu``."""
+        """Threads a block; the kernels assert the same number."""
         if self.block_warps:
             return 32 * self.block_warps
         if self.tile is None:
@@ -167,6 +167,7 @@ class KernelConfig:
             "FT_ELEMENT": ELEMENT_NAMES[self.dtype],
             "FT_HEAD_DIM": self.head_dim,
             "FT_SOFT_CAP": int(self.soft_cap),
+            "FT_THREADS": self.threads,
         }
         if self.kv_dtype is not None:
             options["FT_KV_ELEMENT"] = FLOAT8_NAMES[self.kv_dtype]

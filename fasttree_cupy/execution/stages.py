@@ -89,7 +89,7 @@ def decode(
     phases : sequence of Phase
         Which hold each vnode once.
     kernel : {"mma", "plain"}
-        Stage-1 kernel, from `check_kernel`.
+        From `check_kernel`: tensor cores, by ``stage1_sm90`` where it serves, or ``stage1_plain``.
     stream : WorkStream
         CUDA stream to launch on.
     requests : (int, int), optional
@@ -226,7 +226,7 @@ def stage2_heads(merges: int, num_qo_heads: int, head_dim: int, multiprocessors:
 def stage1_launch(
     kernel: str, dtype: str, head_dim: int, tile: MmaTile | None, soft_cap: bool, kv_dtype: str | None, _device: int
 ) -> Launch:
-    """``stage1_mma`` with a tile or ``stage1_plain`` without, ready to launch."""
+    """A kernel of stage 1, ready to launch; ``stage1_mma`` alone has a tile."""
     return prepare(KernelConfig(kernel, dtype, head_dim, tile, soft_cap=soft_cap, kv_dtype=kv_dtype))
 
 
