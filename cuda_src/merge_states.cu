@@ -36,13 +36,14 @@ merge_states(const __grid_constant__ MergeStatesParams p) {
     state.m = a > b || a != a ? a : b;  // a NaN stays one
     const float weight_a = state.weight(a), weight_b = state.weight(b);
     state.l = weight_a + weight_b;
-    const float share = state.normaliser();
+    // Shares first: outputs times weights could be more than a float32 holds.
+    const float share_a = weight_a * state.normaliser(), share_b = weight_b * state.normaliser();
     const u16* from_a = p.o_a + row * p.a_stride_row + head * p.a_stride_head;
     const u16* from_b = p.o_b + row * p.b_stride_row + head * p.b_stride_head;
     for (int d = lane; d < kHeadDim; d += kWarpSize) {
-        const float part_a = a == -kInfinity ? 0.0f : Element::to_float(from_a[d]) * weight_a;
-        const float part_b = b == -kInfinity ? 0.0f : Element::to_float(from_b[d]) * weight_b;
-        p.o[output * kHeadDim + d] = Element::from_float((part_a + part_b) * share);
+        const float part_a = a == -kInfinity ? 0.0f : Element::to_float(from_a[d]) * share_a;
+        const float part_b = b == -kInfinity ? 0.0f : Element::to_float(from_b[d]) * share_b;
+        p.o[output * kHeadDim + d] = Element::from_float(part_a + part_b);
     }
     if (lane == 0) p.lse[output] = state.natural_lse();
 }

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 
 from fasttree_cupy import KVTree
-from fasttree_cupy.execution import arrays, kernels
+from fasttree_cupy.execution import arrays, kernels, merge_kernel
 from fasttree_cupy.execution.arrays import DTYPES, as_numpy, view
 from fasttree_cupy.execution.operands import Operands
 from fasttree_cupy.execution.plan_memory import PlanMemory
@@ -171,6 +171,25 @@ def test_bits_depend_on_no_order_and_no_run_before(kernel: Kernel) -> None:
         results.add((of.o.tobytes(), of.lse.tobytes()))
     assert_right(of, tree, kernel.dtype)
     assert len(results) == 1
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("float16", 1.0), ("bfloat16", 1.0), ("bfloat16", 3e38)])
+def test_states_are_merged(dtype: str, largest: float) -> None:
+    rng, element = np.random.default_rng(0), DTYPES[dtype]
+    o_a, o_b = rng.uniform(-largest, largest, (2, 5, 3, 16)).astype(element)
+    lse_a, lse_b = rng.standard_normal((2, 5, 3), np.float32)
+    lse_a[0, 0] = lse_b[0, 1] = lse_a[1, 0] = lse_b[1, 0] = -np.inf
+    o, lse = np.empty_like(o_a), np.empty_like(lse_a)
+    views = [view(name, array) for name, array in zip("abcdol", (o_a, o_b, lse_a, lse_b, o, lse), strict=True)]
+    with emulated_gpu(0):
+        merge_kernel.merge_states(views[:4], *views[4:], EmulatedStream())  # type: ignore[arg-type]
+    weights = np.exp(np.stack([lse_a, lse_b]).astype(np.float64))
+    total = weights.sum(0)
+    shares = np.divide(weights, total, where=total > 0, out=np.zeros_like(weights))[..., None]
+    expected = shares[0] * o_a.astype(np.float64) + shares[1] * o_b.astype(np.float64)
+    assert_close(o, expected, dtype)
+    with np.errstate(divide="ignore"):
+        np.testing.assert_allclose(lse, np.log(total), rtol=1e-5, atol=1e-6)
 
 
 class Load(NamedTuple):

@@ -49,8 +49,8 @@ __device__ __forceinline__ Source values_of(const Stage1Sm90Params& p, int kv_he
 
 // Where a warp's 16 tokens of a tile lie. Lanes i and i + 16 know token i's row.
 struct Chunk {
-    int row;              // of K and V; -1: past the last token
-    bool follow = false;  // all rows follow one another, as look() finds: they can come as boxes
+    int row;      // of K and V; -1: past the last token
+    bool follow;  // set by look(): all rows follow one another, so that they can come as boxes
 
     // The chunk that begins with the vnode's token `first`.
     __device__ __forceinline__ Chunk(const int* entries, int first, int tokens, int lane) {

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from fasttree_cupy.execution import cuda, kernels, launch, plan_kernels, stages, tensor_map
+from fasttree_cupy.execution import cuda, kernels, launch, merge_kernel, plan_kernels, stages, tensor_map
 from tests.emulation.translate import ENTRY, translate
 
 __all__ = ["Edits", "EmulatedKernel", "EmulatedStream", "build_ahead", "compiler_problem", "emulated_gpu"]
@@ -157,7 +157,7 @@ def _forget_launches() -> None:
     """Empty the caches that hold kernels and tensor maps."""
     caches: list[Callable[..., Any]] = [
         plan_kernels.worker_launch, plan_kernels.tree_decode_launch, stages.stage1_launch, stages.stage2_launch,
-        tensor_map._pair, tensor_map._tensor_map,
+        merge_kernel.merge_states_launch, tensor_map._pair, tensor_map._tensor_map,
     ]  # fmt: skip
     for cache in caches:
         cache.cache_clear()  # type: ignore[attr-defined]
