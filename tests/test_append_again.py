@@ -184,6 +184,15 @@ def test_only_on_the_default_stream_by_a_thread_with_the_context_in_the_same_mem
         assert pool.submit(append).result() == "again"
 
 
+def test_only_on_the_stream_that_the_memory_is_of(gpu: EditedCuda) -> None:
+    gpu.stream = 5
+    plan = gpu.plan()
+    gpu.stream = 0
+    for step in range(3):
+        plan.append(rows_of(step, 20))
+    assert gpu.edits == ["anew"] * 3
+
+
 def test_events_and_page_locked_memory_are_of_the_plans_device(
     gpu: EditedCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from fasttree_cupy.execution.kernels import WORKER_GROUP_ROWS, WORKER_TILE_TOKEN
 from fasttree_cupy.execution.schedule import BalancedSchedule
 from fasttree_cupy.planning import balanced
 from fasttree_cupy.planning.balanced import BalancedPlan
+from fasttree_cupy.planning.dealing import MERGE_TOGETHER
 from fasttree_cupy.planning.machine import H200, H200_WORKERS, Constants, WorkerMachine, WorkerRates
 from fasttree_cupy.planning.row_tiles import READ_ONCE, tile_tokens
 from fasttree_cupy.planning.subtree import depth_first, lay_out
@@ -121,6 +122,14 @@ def test_tiles_are_cut_only_where_that_pays() -> None:
     assert len(few.items) == few.workers == few.partials
     one = balanced.plan(ft.KVTree.from_levels([1, 2], [1, 60]), 16, 1, 128, 132, H200_WORKERS)
     assert one.workers == len(one.items) == 1  # too little to share
+
+
+def test_workers_with_other_items_do_not_merge_together() -> None:
+    """Though a tile has as many pieces as pay for that."""
+    made = balanced.plan(ft.KVTree.from_levels([1, 300], [9000, 40]), 8, 2, 128, 132, H200_WORKERS)
+    assert len(made.items) > made.workers
+    assert made.items[:, balanced.ITEM_FIELDS.index("pieces")].max() >= MERGE_TOGETHER
+    rows_seen(made, 8, 2)
 
 
 @pytest.mark.parametrize(("levels", "tokens"), [([1, 1024], [2048, 32]), ([256], [4096]), ([1, 3], [90000, 7])])

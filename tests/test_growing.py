@@ -181,19 +181,34 @@ def test_more_forks_than_there_is_room_for_are_planned() -> None:
     assert not plan.fork(parents[:1], growing_tree.fork(parents[:1]))
 
 
+def test_a_change_of_more_elements_than_there_is_room_for_is_planned() -> None:
+    tree = ft.KVTree.from_levels([1, 20], [300, 20])
+    growing_tree = GrowingTree(tree, np.arange(tree.unique_tokens, dtype=np.int32), ft.Capacity(20, 2000))
+    with mock.patch.object(growing_passes, "MOST_EDITS", 40), mock.patch.object(growing, "PLAN_US", 1e9):
+        plan = GrowingPlan(growing_tree, 4, 1, 128, 132, H200_WORKERS)
+    fits = []
+    for slots in (growing_tree.live, growing_tree.live[:1]):
+        rows = np.arange(1000, 1000 + len(slots), dtype=np.int32)[:, None]
+        growing_tree.append(slots, rows)
+        fits.append(plan.append(slots, rows))
+    assert fits == [False, True]
+
+
 def test_a_fork_joins_what_was_dealt_out() -> None:
     """The planner cuts a node's tokens into chunks; a forked request has a segment for each node of its path."""
     tree = ft.KVTree.from_levels([1, 16, 64], [1024, 256, 320])
     growing_tree = GrowingTree(tree, np.arange(tree.unique_tokens, dtype=np.int32), ft.Capacity(65, tree.unique_tokens))
-    plan = GrowingPlan(growing_tree, 4, 8, 128, 132, H200_WORKERS)
-    device = Device(plan)
+    with mock.patch.object(growing, "PLAN_US", 1e9):  # else the fork is planned
+        plan = GrowingPlan(growing_tree, 4, 8, 128, 132, H200_WORKERS)
+    device, tiles = Device(plan), plan.state.numbers[growing_passes._USED_TILES]
     parents = np.array([5], np.int32)
     (slot,) = slots = growing_tree.fork(parents)
-    device.follow(plan.fork(parents, slots))
+    assert plan.fork(parents, slots)
+    device.follow(True)
     for attended in rows_attended(plan, device.packed, 4, 8):
         assert attended[slot] == attended[5] == tree.request_rows(5).tolist()
-    begins, lengths = device.packed[plan.sizes.segments_at : plan.used].reshape(-1, 4).T[:2]
-    assert (begins[lengths > 0] == tree.kv_ptrs[tree.request_node[5]]).sum() == 2
+    tile = plan.state.tiles[tiles]
+    assert tile[growing_passes._END] - tile[growing_passes._BEGIN] == 3
 
 
 def test_what_workers_have_to_do_follows_the_changes() -> None:

@@ -1,8 +1,13 @@
-"""A plan that grows stays right where memory runs out, and where other threads run it or look at it meanwhile."""
+"""A plan that grows stays right where memory runs out, where other threads use it meanwhile, and on any stream."""
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +15,10 @@ import numpy.typing as npt
 import pytest
 
 import fasttree_cupy as ft
+from fasttree_cupy.execution import cuda, plan_memory, streams, turns
 from fasttree_cupy.execution.plan_memory import MemoryNeeds
+from tests.test_append_again import TREE, EditedCuda, rows_of
+from tests.test_repeat import passes
 from tests.tolerances import assert_close
 
 HEAD_DIM = 16
@@ -75,3 +83,101 @@ def test_a_tree_can_be_looked_at_while_another_thread_changes_it() -> None:
     finally:
         over.set()
         thread.join()
+
+
+Change = Callable[[ft.DecodePlan], object]
+CHANGES: list[Change] = [
+    lambda plan: plan.append(rows_of(2, 20)),
+    lambda plan: plan.append(rows_of(2, 20), plan.live),
+    lambda plan: plan.fork([3]),
+    lambda plan: plan.finish([3]),
+]
+
+
+@pytest.fixture
+def gpu(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> EditedCuda:
+    return EditedCuda(cupy, monkeypatch)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=["append again", "append", "fork", "finish"])
+def test_a_change_that_another_thread_overtakes_by_placing_the_plan(
+    change: Change, gpu: EditedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_memory, "upload", lambda made, *_: [array.copy() for array in made])
+    plan = gpu.plan()
+    for step in range(2):
+        plan.append(rows_of(step, 20))
+    placed = plan._placed
+
+    def place_meanwhile() -> Any:
+        memory = placed()
+        if not plan._turns.lock.locked():  # else the other thread waits for the change
+            plan.place()
+            gpu.arrays[plan.memory.pointers[0]] = plan.schedule.plan.packed.copy()  # type: ignore[union-attr]
+        return memory
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "_placed", place_meanwhile)
+        change(plan)
+    gpu.held(plan)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    ("stream", "error", "message"),
+    [("x", TypeError, "stream is 'x', expected None"), (5, ValueError, "stream is being captured")],
+)
+def test_a_stream_that_does_not_serve_is_refused(
+    stream: Any, error: type[Exception], message: str, capability: int, gpu: EditedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "compute_capability", lambda _device: capability)
+    monkeypatch.setattr(streams, "is_capturing", lambda handle: handle == 5)
+    plan = ft.plan_decode(TREE, 8, 2, 64, capacity=ft.Capacity(24, 10**4))
+    changes: list[Change] = [
+        lambda plan: plan.append(rows_of(0, 20), stream=stream),
+        lambda plan: plan.fork([3], stream=stream),
+        lambda plan: plan.finish([3], stream=stream),
+    ]
+    for change in changes:
+        with pytest.raises(error, match=message):
+            change(plan)
+    assert plan.tree.unique_tokens == TREE.unique_tokens
+    assert plan.live.tolist() == list(range(20))
+    assert plan.num_tokens == TREE.unique_tokens
+    assert gpu.edits == []
+
+
+def test_changes_go_to_the_current_stream_of_the_last_runs_framework(
+    gpu: EditedCuda, cupy: Any, torch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def current_stream_of(framework: str) -> Callable[[int], int]:
+        asked.append(framework)
+        return lambda _device: gpu.stream
+
+    monkeypatch.setattr(streams, "current_stream_of", current_stream_of)
+    monkeypatch.setattr(cupy.cuda.driver, "launchKernel", lambda *_: None)
+    plan = gpu.plan()
+    q, kv, out = (torch.zeros(shape, dtype=torch.float16) for shape in ((28, 8, 64), (3000, 2, 64), (28, 8, 64)))
+    for _ in range(2):  # the second repeats the first
+        plan._growth.framework = "cupy"  # type: ignore[union-attr]  # as a run on CuPy's arrays leaves it
+        plan.run(q, kv, kv, out)
+        asked.clear()
+        plan.append(rows_of(0, 20))
+        assert asked[0] == "torch"
+
+
+def test_memory_is_held_for_a_change_on_another_stream(gpu: EditedCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    event = SimpleNamespace(done=False)
+    for place in (streams, turns):
+        monkeypatch.setattr(place, "record_event", lambda _stream, _event=None: event)
+    monkeypatch.setattr(streams, "use_stream", lambda *_: nullcontext())
+    plan = gpu.plan()
+    plan.append(rows_of(0, 20), stream=5)
+    memory = weakref.ref(plan.memory)
+    del plan
+    gc.collect()
+    assert memory() is not None
+    passes(event)
+    assert memory() is None

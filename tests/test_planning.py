@@ -1,11 +1,13 @@
-"""The greedy planner against a slow, obvious one, on random trees."""
+"""The greedy planner against a slow, obvious one, on random trees; and in which order items are handed out."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
+from fasttree_cupy.planning import subtree
 from fasttree_cupy.planning.greedy import GreedyPlan, plan
+from fasttree_cupy.planning.machine import H200
 from fasttree_cupy.tree import KVTree
 from tests.oracle import Oracle, Settings
 
@@ -129,3 +131,9 @@ def test_query_entries_beyond_int32() -> None:
     settings = Settings([1, 1], [0, 0], [0, 0], 1, 0.0, 0.0, 0.0, [16, 4], [32, 32], 1)
     with pytest.raises(ValueError, match=r"vnode_to_q_entries would hold 4294967294 entries"):
         make_plan(tree, settings)
+
+
+def test_the_longest_items_come_first() -> None:
+    tree = KVTree([-1, 0, 0, 0], [0, 100, 3000, 700])
+    made = subtree.plan(tree, 16, 1, 128, H200, shapes=[subtree.TileShape(1, 1, 1)], limits=[1 << 30])
+    assert made.items[:, subtree.ITEM_FIELDS.index("first_position")].tolist() == [1, 2, 0]

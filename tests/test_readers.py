@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,6 +146,29 @@ def test_streams_that_are_done_are_forgotten(gpu: Gpu) -> None:
     gpu.made[-1].done = True
     streams.keep_alive(Event(0, done=True), [])
     assert memory() is None
+
+
+def test_what_cuda_does_not_tell_of_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refused:
+        capturing = True
+
+        @property
+        def done(self) -> bool:
+            if self.capturing:
+                raise RuntimeError("a stream is being captured")
+            return True
+
+    monkeypatch.setattr(streams, "_in_use", deque())
+    event, owner = Refused(), Memory()
+    gone = weakref.ref(owner)
+    with pytest.raises(RuntimeError, match="being captured"):
+        streams.keep_alive(event, [owner])
+    del owner
+    gc.collect()
+    assert gone() is not None
+    event.capturing = False
+    streams.keep_alive(Event(0, done=True), [])
+    assert gone() is None
 
 
 def test_what_an_owners_end_holds_is_no_trouble(gpu: Gpu) -> None:

@@ -98,6 +98,21 @@ def gpu(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     return FakeCuda(cupy, monkeypatch)
 
 
+@pytest.fixture
+def pending(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The event behind all that is queued, which has not passed yet."""
+    event = SimpleNamespace(done=False)
+    for place in (streams, turns):
+        monkeypatch.setattr(place, "record_event", lambda _stream, _event=None: event)
+    return event
+
+
+def passes(event: SimpleNamespace) -> None:
+    """Let an event pass, and what was held for it go."""
+    event.done = True
+    streams.keep_alive(event, [])
+
+
 def tensors(torch: Any, tree: ft.KVTree = TREE) -> dict[str, Any]:
     heads, kv_heads, head_dim = LAYOUT
     q_shape, kv_shape = (tree.batch_size, heads, head_dim), (tree.unique_tokens, kv_heads, head_dim)
@@ -130,11 +145,8 @@ def test_repeats_go_to_the_current_stream_in_turn(gpu: FakeCuda, torch: Any) -> 
 
 @pytest.mark.parametrize("tree", [TREE, CUT], ids=["no workspace", "workspace"])
 def test_a_dropped_plans_memory_is_held_for_another_stream(
-    tree: ft.KVTree, gpu: FakeCuda, torch: Any, monkeypatch: pytest.MonkeyPatch
+    tree: ft.KVTree, gpu: FakeCuda, pending: SimpleNamespace, torch: Any
 ) -> None:
-    event = SimpleNamespace(done=False)
-    for place in (streams, turns):
-        monkeypatch.setattr(place, "record_event", lambda _stream, _event=None: event)
     plan, given = ft.plan_decode(tree, *LAYOUT), tensors(torch, tree)
     for gpu.stream in (0, 5, 5):
         plan.run(**given)
@@ -142,9 +154,38 @@ def test_a_dropped_plans_memory_is_held_for_another_stream(
     del plan
     gc.collect()
     assert memory() is not None
-    event.done = True
-    streams.keep_alive(SimpleNamespace(done=True), [])
+    passes(pending)
     assert memory() is None
+
+
+def test_memory_is_held_for_another_stream_when_the_plan_is_placed_anew(
+    gpu: FakeCuda, pending: SimpleNamespace, torch: Any
+) -> None:
+    plan, given = ft.plan_decode(CUT, *LAYOUT), tensors(torch, CUT)
+    gpu.stream = 5
+    plan.run(**given)
+    before = weakref.ref(plan.memory)
+    plan.place()
+    gc.collect()
+    assert before() is not None
+    passes(pending)
+    assert before() is None
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_arrays_are_held_for_a_stream_that_is_not_captured(
+    captured: bool, gpu: FakeCuda, pending: SimpleNamespace, torch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "is_capturing", lambda _stream: captured)
+    monkeypatch.setattr(streams, "use_stream", lambda *_: nullcontext())
+    plan, given = ft.plan_decode(TREE, *LAYOUT), tensors(torch)
+    plan.run(**given, stream=5)
+    q = weakref.ref(given["q"])
+    del given
+    gc.collect()
+    assert (q() is None) == captured
+    passes(pending)
+    assert q() is None
 
 
 @pytest.mark.parametrize("tree", [TREE, CUT], ids=["no workspace", "workspace"])
@@ -168,8 +209,7 @@ def test_a_memory_that_another_thread_lets_go_of_before_the_launch_is_held(
     plan.run(**given)
     assert plan.memory is not before()
     assert before() is not None
-    event.done = True
-    streams.keep_alive(SimpleNamespace(done=True), [])
+    passes(event)
     assert before() is None
 
 
@@ -215,6 +255,26 @@ def test_a_dropped_plans_memory_is_not_held_for_its_own_stream(gpu: FakeCuda, to
     del plan
     gc.collect()
     assert memory() is None
+
+
+def test_memory_is_given_back_when_the_plan_is_placed_anew(gpu: FakeCuda, torch: Any) -> None:
+    plan, given = ft.plan_decode(CUT, *LAYOUT), tensors(torch, CUT)
+    plan.run(**given)
+    before = weakref.ref(plan.memory)
+    plan.place()
+    gc.collect()
+    assert before() is None
+
+
+def test_placing_takes_its_turn_among_runs(gpu: FakeCuda, torch: Any) -> None:
+    plan, given = ft.plan_decode(CUT, *LAYOUT), tensors(torch, CUT)
+    gpu.stream = 6
+    plan.run(**given)
+    gpu.stream = 0
+    plan.place()
+    gpu.stream = 6
+    plan.run(**given)
+    assert gpu.waits == [6, 0, 6]
 
 
 def resized(array: Any, *shape: int) -> Any:
@@ -289,6 +349,24 @@ def test_another_place_or_context_is_launched_anew(gpu: FakeCuda, torch: Any) ->
     assert gpu.hows == ["anew"] * 3
     places = [int(params["mid_o"]) for _, _, params in gpu.launches]
     assert places[0] != places[1] == places[2]
+
+
+def test_a_run_of_another_thread_in_memory_of_before_is_not_repeated(gpu: FakeCuda, torch: Any) -> None:
+    plan, given = ft.plan_decode(CUT, *LAYOUT), tensors(torch, CUT)
+    plan.run(**given)
+    last = plan._last
+    plan.place()
+    plan._last = last  # as the other thread leaves it where its run was queued before
+    plan.run(**given)
+    assert gpu.hows == ["anew", "anew"]
+
+
+def test_an_aligned_output_after_one_that_is_not(gpu: FakeCuda, torch: Any) -> None:
+    plan, given = ft.plan_decode(TREE, *LAYOUT), tensors(torch)
+    out = given["out"]
+    plan.run(**given | {"out": torch.zeros(out.numel() + 4, dtype=out.dtype)[4:].view(out.shape)})
+    plan.run(**given)
+    assert [int(params["o_aligned"]) for _, _, params in gpu.launches] == [0, 1]
 
 
 def test_rows_that_a_plan_came_to_need_are_asked_for(gpu: FakeCuda, torch: Any) -> None:

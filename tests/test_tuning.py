@@ -161,6 +161,16 @@ def test_samples_are_estimated_as_the_planners_do() -> None:
         assert np.isclose(same, 1, rtol=1e-9).sum() >= (len(same) if field == "items" else len(same) // 3)
 
 
+def test_a_sample_whose_workers_have_other_items_too_is_estimated_as_the_planner_does() -> None:
+    """Though a tile has as many pieces as would pay for merging together."""
+    tree = ft.KVTree.from_levels([1, 300], [9000, 40])
+    made = balanced.plan(tree, 8, 2, 128, 132, H200_WORKERS)
+    assert len(made.items) > made.workers
+    samples = worker_samples(Problem(tree, 16, 2), 132, H200_WORKERS)
+    (same,) = [each for each in samples if np.array_equal(each.plan.items, made.items)]
+    assert same.estimate_us(H200_WORKERS) == pytest.approx(made.estimate_us, rel=0.02)
+
+
 # Files
 
 

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 import fasttree_cupy as ft
+from fasttree_cupy.alignment import TRANSACTION_BYTES
+from fasttree_cupy.execution.plan_memory import MemoryNeeds
 from tests.plans import KERNELS, choose_kernel
 from tests.test_arrays import Producer
 from tests.test_plan import DTYPES
+from tests.test_repeat import FakeCuda
 from tests.test_serving import BACKENDS, LAYOUTS, TREES, device_of, expected, host, namespace, random_arrays
 from tests.tolerances import assert_close
 
@@ -134,6 +137,22 @@ def test_a_buffer_that_does_not_serve_is_refused(change: Any, error: type[Except
     with pytest.raises(error, match=message):
         plan.place(change(buffer))
     assert (buffer == POISON).all()
+    assert plan.memory is None
+
+
+def test_parts_of_a_workspace_begin_at_transactions() -> None:
+    needs = MemoryNeeds([], (3, 5, 7), "cpu", 9)
+    offsets = [offset for offset, _, _ in needs._parts]
+    assert offsets == sorted(set(offsets))
+    assert not any(offset % TRANSACTION_BYTES for offset in offsets)
+    assert needs.workspace_bytes == offsets[-1] + 4 * 9
+
+
+def test_a_buffer_on_another_gpu_is_refused(cupy: Any, torch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeCuda(cupy, monkeypatch)
+    plan = ft.plan_decode(LONG, 8, 2, 64, place=False)
+    with pytest.raises(ValueError, match=r"workspace has device \('cuda', 1\), expected \('cuda', 0\)"):
+        plan.place(torch.empty(plan.workspace_bytes, dtype=torch.uint8, device="meta"))
     assert plan.memory is None
 
 

@@ -126,7 +126,7 @@ def encode_tiled(
 
 
 @contextmanager
-def emulated_gpu(seed: int, edits: Edits = (), compute_capability: int = 90) -> Iterator[None]:
+def emulated_gpu(seed: int, edits: Edits = (), compute_capability: int = 90, boxes: bool = True) -> Iterator[None]:
     """Inside, kernels that are launched on arrays in the CPU's memory run on the machine.
 
     Parameters
@@ -137,11 +137,13 @@ def emulated_gpu(seed: int, edits: Edits = (), compute_capability: int = 90) -> 
         Changes of the kernels' text.
     compute_capability : int
         Of the GPU, times ten: which kernels are chosen.
+    boxes : bool
+        Whether its driver makes tensor maps, without which nothing comes in boxes.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "load_kernel", lambda config: EmulatedKernel(config, seed, edits))
         patch.setattr(tensor_map, "make_current", lambda device: None)
-        patch.setattr(tensor_map, "_encoder", lambda: encode_tiled)
+        patch.setattr(tensor_map, "_encoder", lambda: encode_tiled if boxes else None)
         for module in (cuda, stages):
             patch.setattr(module, "compute_capability", lambda device: compute_capability)
         patch.setattr(stages, "multiprocessors", lambda device: MULTIPROCESSORS)
