@@ -181,6 +181,7 @@ struct Consumer : Output {
         barrier_wait(s.raw_k_full[raw.stage], raw.parity);
         if (mine == 0) {
             barrier_wait(values_full, raw.parity);
+            __syncwarp();  // all lanes have seen these phases
             barrier_arrive_warp(keys_empty);
         }
 #pragma unroll 1

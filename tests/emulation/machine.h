@@ -208,11 +208,11 @@ inline bool go_on(Lane& self) {
     return true;
 }
 
-// One turn of a warp's lanes; false where all wait.
-inline bool go_on(std::vector<Lane>& lanes, size_t first) {
+// One turn of some of a warp's lanes, which may drift apart until their next common instruction; false where these all wait.
+inline bool go_on(std::vector<Lane>& lanes, size_t first, int count) {
     bool moved = false;
     const int begin = machine.below(kLanes);
-    for (int i = 0; i < kLanes && machine.fault.empty(); ++i) moved |= go_on(lanes[first + size_t((begin + i) % kLanes)]);
+    for (int i = 0; i < count && machine.fault.empty(); ++i) moved |= go_on(lanes[first + size_t((begin + i) % kLanes)]);
     return moved;
 }
 
@@ -245,11 +245,11 @@ inline void run_all(std::vector<Lane>& lanes, std::vector<Warp>& warps) {
         int chosen = machine.below(chances);
         size_t first = 0;
         while ((chosen -= warps[first].weight) >= 0) ++first;
-        bool moved = false;
+        bool moved = go_on(lanes, first * kLanes, machine.below(4) ? kLanes : 1 + machine.below(kLanes));
         for (size_t i = 0; i < warps.size() && !moved; ++i) {
-            moved = go_on(lanes, (first + i) % warps.size() * kLanes);
-            if (!machine.fault.empty()) return;
+            moved = go_on(lanes, (first + i) % warps.size() * kLanes, kLanes);
         }
+        if (!machine.fault.empty()) return;
         if (moved) continue;
         if (!machine.jobs.empty()) {
             do_some_job();
