@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fasttree_cupy.params import checked_int
+from fasttree_cupy.integers import checked_int
 from fasttree_cupy.tree import KVTree
 
 __all__ = ["Capacity", "checked_capacity"]
-
-_INT32_MAX = 2**31 - 1
 
 
 class Capacity(NamedTuple):
@@ -34,8 +32,8 @@ def checked_capacity(capacity: object, tree: KVTree) -> Capacity:
         raise TypeError(f"capacity is {type(capacity).__name__}, expected a Capacity")
     requests = checked_int(capacity.requests, "capacity.requests")
     tokens = checked_int(capacity.tokens, "capacity.tokens", least=0)
-    if not tree.batch_size <= requests <= _INT32_MAX:
+    if requests < tree.batch_size:
         raise ValueError(f"capacity.requests is {requests}, expected {tree.batch_size} at least, as the tree has")
-    if not tree.unique_tokens <= tokens <= _INT32_MAX:
+    if tokens < tree.unique_tokens:
         raise ValueError(f"capacity.tokens is {tokens}, expected {tree.unique_tokens} at least, as the tree has")
     return Capacity(requests, tokens)

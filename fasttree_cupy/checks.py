@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from fasttree_cupy.execution.arrays import DTYPES, ArrayView
 from fasttree_cupy.execution.kernels import FLOAT8_NAMES, HEAD_DIMS
 from fasttree_cupy.execution.plan_memory import WORKSPACE_ALIGNMENT
-from fasttree_cupy.params import checked_int
+from fasttree_cupy.integers import checked_int
 
 __all__ = [
     "ELEMENT_DTYPES",
     "FLOAT8_DTYPES",
+    "check_contiguous",
     "check_element_array",
+    "check_head_dim",
     "check_inputs",
     "check_output",
     "check_same",
@@ -23,7 +25,6 @@ __all__ = [
     "checked_cap",
     "checked_float",
     "checked_head_dim",
-    "is_contiguous",
 ]
 
 ELEMENT_DTYPES = ("float16", "bfloat16")
@@ -64,6 +65,12 @@ def checked_head_dim(value: object) -> int:
     return head_dim
 
 
+def check_head_dim(name: str, view: ArrayView) -> None:
+    """Raise unless the last of an array's three dimensions is one that the kernels know as a head_dim."""
+    if view.shape[2] not in HEAD_DIMS:
+        raise ValueError(f"{name} has head_dim {view.shape[2]}, expected one of {', '.join(map(str, HEAD_DIMS))}")
+
+
 def check_inputs(views: Mapping[str, ArrayView], float8: bool = False) -> None:
     """Check Q, K and V, given in this order by their arguments' names, against one another.
 
@@ -75,8 +82,7 @@ def check_inputs(views: Mapping[str, ArrayView], float8: bool = False) -> None:
         check_element_array(name, view, (*ELEMENT_DTYPES, *FLOAT8_DTYPES) if float8 else ELEMENT_DTYPES)
         check_same(name, "dtype", view.dtype, k.dtype if k.dtype in FLOAT8_DTYPES else q.dtype)
         check_same(name, "device", view.device, q.device)
-    if q.shape[2] not in HEAD_DIMS:
-        raise ValueError(f"{q_name} has head_dim {q.shape[2]}, expected one of {', '.join(map(str, HEAD_DIMS))}")
+    check_head_dim(q_name, q)
     if k.shape[2] != q.shape[2]:
         raise ValueError(f"{k_name} has head_dim {k.shape[2]}, expected {q.shape[2]} as {q_name} has")
     if v.shape != k.shape:
@@ -126,8 +132,7 @@ def check_writable(name: str, view: ArrayView) -> None:
 def check_workspace(view: ArrayView, num_bytes: int) -> None:
     """Check a caller's buffer for a workspace of so many bytes."""
     check_writable("workspace", view)
-    if not is_contiguous(view):
-        raise ValueError(f"workspace has strides {view.strides} in elements, expected a contiguous array")
+    check_contiguous("workspace", view)
     size = math.prod(view.shape) * DTYPES[view.dtype].itemsize
     if size < num_bytes:
         raise ValueError(f"workspace has {size} bytes, expected {num_bytes} at least, the plan's workspace_bytes")
@@ -149,8 +154,14 @@ def overlaps(view: ArrayView) -> bool:
     return False
 
 
+def check_contiguous(name: str, view: ArrayView) -> None:
+    """Raise unless an array lies in row-major order without gaps."""
+    if not is_contiguous(view):
+        raise ValueError(f"{name} has strides {view.strides} in elements, expected a contiguous array")
+
+
 def is_contiguous(view: ArrayView) -> bool:
-    """Whether an array lies in row-major order without gaps; strides of axes of length 1 do not matter."""
+    """Whether `check_contiguous` takes an array; strides of axes of length 1 do not matter."""
     if 0 in view.shape:
         return True
     expected = 1

@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rows, status = COMMANDS[args.command](args)
     except (ValueError, OSError, MemoryError) as error:
-        parser.error(with_options(one_line(error)))
+        parser.error(with_options(str(error)))
     print(format_table(rows))
     return status
 
@@ -154,7 +154,7 @@ class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage in front."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
 def make_parser() -> argparse.ArgumentParser:

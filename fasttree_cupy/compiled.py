@@ -1,4 +1,13 @@
-"""Functions that Numba compiles, cached on disk where there is a place for that: what all modules declare them with."""
+"""Functions that Numba compiles, cached on disk where there is a place for that: what all modules declare them with.
+
+A cache is compared with its function's own file alone. Two things follow for whoever edits compiled functions:
+
+- One that calls a function, or reads a number, of another file keeps the old one when that file changes. Remove the
+  caches then: ``find fasttree_cupy -name "*.nb?" -delete``.
+- A cache is unpickled before it is compared, so a NamedTuple that compiled functions take must be found under its old
+  module and name, or old caches raise AttributeError in every call. One that moves leaves its name behind, as
+  ``_Layout`` of ``planning/subtree.py``.
+"""
 
 from __future__ import annotations
 

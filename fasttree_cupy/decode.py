@@ -8,19 +8,19 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 from fasttree_cupy.checks import (
+    check_contiguous,
     check_inputs,
     check_output,
     check_same,
     check_writable,
     checked_cap,
     checked_float,
-    is_contiguous,
 )
 from fasttree_cupy.execution import arrays, cpu, cuda, stages, streams
 from fasttree_cupy.execution.arrays import ArrayView
 from fasttree_cupy.execution.operands import Operands
+from fasttree_cupy.integers import checked_pair
 from fasttree_cupy.metadata import UNKNOWN_LENGTHS, MetadataTuple, Phase, PhaseNodeNums
-from fasttree_cupy.params import checked_pair
 
 __all__ = ["fasttree_decode"]
 
@@ -164,7 +164,7 @@ def fasttree_decode(
             views["o"] = arrays.view("o", o, work)
             check_output(views["o"], views["q"])
         if work is None:
-            cpu.check_metadata(numpy_metadata(views, phases), views["k_buffer"].shape[0], views["q"].shape[0])
+            cpu.check_indices(numpy_metadata(views, phases), views["k_buffer"].shape[0], views["q"].shape[0])
         else:
             kernel = cuda.check_kernel(kernel, {name: views[name] for name in INPUT_NAMES})
 
@@ -230,8 +230,7 @@ def check_metadata(views: Mapping[str, ArrayView], phases: Phases) -> None:
         check_same(name, "device", view.device, q.device)
         if name not in MID_NAMES and len(view.shape) != 1:
             raise ValueError(f"{name} has shape {view.shape}, expected one dimension")
-        if not is_contiguous(view):
-            raise ValueError(f"{name} has strides {view.strides}, expected a contiguous array")
+        check_contiguous(name, view)
     num_vnodes = views["vnode_to_kv_offs"].shape
     for name in ("vnode_to_kv_lens", "vnode_to_q_offs", "vnode_to_q_lens"):
         check_same(name, "shape", views[name].shape, num_vnodes)

@@ -26,6 +26,7 @@ __all__ = ["Growth", "grow"]
 
 Int32Array = npt.NDArray[np.int32]
 MakeSchedule = Callable[[KVTree, Int32Array, Int32Array], Schedule]
+Placed = Callable[[], PlanMemory]
 
 MOST_ROWS = 2**31 - 1
 """Rows of a pool that int32 row numbers tell apart."""
@@ -75,6 +76,11 @@ class Growth:
     tree : GrowingTree
     framework : str
         Whose current stream changes are queued on where the caller names none.
+
+    Notes
+    -----
+    Changes are given what returns the plan's memory, and call it in their turn: another thread may place the plan anew
+    until then.
     """
 
     def __init__(
@@ -106,9 +112,9 @@ class Growth:
             self._made = self._make(*self.tree.snapshot(), self.tree.live)
         return self._made
 
-    def append(self, rows: Any, requests: Any, stream: Any, memory: PlanMemory, need: Callable[[int], None]) -> None:
+    def append(self, rows: Any, requests: Any, stream: Any, placed: Placed, need: Callable[[int], None]) -> None:
         """See `DecodePlan.append`; says how many rows are needed from then on, before any run may read them."""
-        if requests is None and stream is None and self._append_again(rows, memory, need):
+        if requests is None and stream is None and self._append_again(rows, placed, need):
             return
         slots = self.tree.live if requests is None else self._slots(requests, once=True)
         added, most = checked_new_rows(rows, len(slots))
@@ -124,12 +130,12 @@ class Growth:
             self.tree.append(slots, added)
             return self._following is not None and self._following.plan.append(slots, added)
 
-        self._follow(change, stream, memory)
+        self._change(change, stream, placed)
         if self._append_call is None and self._following is not None and self._device is not None:
             plan, edits = self._following.plan, self._following.edits.next
             self._append_call = AppendCall(self.tree, plan, edits, MOST_ROWS)
 
-    def _append_again(self, rows: Any, memory: PlanMemory, need: Callable[[int], None]) -> bool:
+    def _append_again(self, rows: Any, placed: Placed, need: Callable[[int], None]) -> bool:
         """Append a token to each live request as before, in one call; False where that cannot be: nothing has changed.
 
         It can where a run or a change on the default stream came last and this is the same stream, by a thread with the
@@ -142,6 +148,7 @@ class Growth:
             return False
         handle = streams.current_stream(self.framework, self._device)
         with self._turns.lock:
+            memory = placed()
             if handle != memory.home or not self._turns.has_none(handle):
                 return False
             if not following.edits.can_edit_again(memory.pointers[0]):
@@ -160,7 +167,7 @@ class Growth:
             self._is_behind = False
         return True
 
-    def fork(self, requests: Any, stream: Any, memory: PlanMemory) -> Int32Array:
+    def fork(self, requests: Any, stream: Any, placed: Placed) -> Int32Array:
         """See `DecodePlan.fork`."""
         parents = self._slots(requests, once=False)
         free = self.tree.capacity.requests - len(self.tree.live)
@@ -176,10 +183,10 @@ class Growth:
             made[:] = self.tree.fork(parents)
             return self._following is not None and self._following.plan.fork(parents, made)
 
-        self._follow(change, stream, memory)
+        self._change(change, stream, placed)
         return made
 
-    def finish(self, requests: Any, stream: Any, memory: PlanMemory) -> None:
+    def finish(self, requests: Any, stream: Any, placed: Placed) -> None:
         """See `DecodePlan.finish`."""
         slots = self._slots(requests, once=True)
         if len(slots) == len(self.tree.live):
@@ -190,33 +197,48 @@ class Growth:
             self.tree.finish(slots)
             return self._following is not None and self._following.plan.finish(slots)
 
-        self._follow(change, stream, memory)
+        self._change(change, stream, placed)
 
-    def _follow(self, change: Callable[[], bool], stream: Any, memory: PlanMemory) -> None:
+    def _change(self, change: Callable[[], bool], stream: Any, placed: Placed) -> None:
         """Change the tree, and let what lies in the plan's memory follow on a stream, in turn with runs."""
-        if self._device is None and stream is not None:
-            raise ValueError(f"stream is {stream!r}, but the plan's device is the CPU, expected stream left out")
-        if self._following is None or self._device is None:
-            with self._turns.lock:
-                change()
-                self._made = None
+        if self._device is None:
+            if stream is not None:
+                raise ValueError(f"stream is {stream!r}, but the plan's device is the CPU, expected stream left out")
+            self._change_tree(change, placed)
             return
         with streams.use_device(self._device):
             work = streams.WorkStream.of(stream, self.framework, self._device)
             if work.is_capturing:
                 raise ValueError("stream is being captured, expected changes of the tree between a graph's replays")
-            with self._turns.lock:
-                self._turns.wait(work)
-                was_behind = self._is_behind
-                if was_behind:
-                    self._following.plan.plan_anew()
-                self._is_behind = True
-                fits = change()
-                self._following.follow(fits and not was_behind, memory, work)
-                self._is_behind = False
-                self._turns.readers.add(work, memory, self._turns.end(work))
-            if memory.borrowed:
-                work.keep_borrowed((memory.workspace,))
+            if self._following is None:
+                self._change_tree(change, placed)
+            else:
+                self._follow(self._following, change, work, placed)
+
+    def _change_tree(self, change: Callable[[], bool], placed: Placed) -> None:
+        """Change the tree; the next run makes what runs it."""
+        with self._turns.lock:
+            placed()  # that is, it must be
+            change()
+            self._made = None
+
+    def _follow(
+        self, following: GrowingSchedule, change: Callable[[], bool], work: streams.WorkStream, placed: Placed
+    ) -> None:
+        """Change the tree, and queue what follows from that."""
+        with self._turns.lock:
+            memory = placed()
+            self._turns.wait(work)
+            was_behind = self._is_behind
+            if was_behind:
+                following.plan.plan_anew()
+            self._is_behind = True
+            fits = change()
+            following.follow(fits and not was_behind, memory, work)
+            self._is_behind = False
+            self._turns.readers.add(work, memory, self._turns.end(work))
+        if memory.borrowed:
+            work.keep_borrowed((memory.workspace,))
 
     def _slots(self, requests: Any, once: bool) -> Int32Array:
         """`requests` as int32, live slots; each named once if so asked."""

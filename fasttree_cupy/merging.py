@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fasttree_cupy.checks import check_element_array, check_same, checked_head_dim, is_contiguous
+from fasttree_cupy.checks import check_contiguous, check_element_array, check_head_dim, check_same
 from fasttree_cupy.execution import arrays, merge_kernel, streams
 from fasttree_cupy.execution.arrays import ArrayView
 
@@ -71,28 +71,26 @@ def check_states(views: dict[str, ArrayView]) -> None:
         check_same(name, "dtype", views[name].dtype, o_a.dtype)
         check_same(name, "device", views[name].device, o_a.device)
         check_same(name, "shape", views[name].shape, o_a.shape)
-    checked_head_dim(o_a.shape[2])
+    check_head_dim("o_a", o_a)
     for name in ("lse_a", "lse_b"):
         check_same(name, "dtype", views[name].dtype, "float32")
         check_same(name, "device", views[name].device, o_a.device)
         check_same(name, "shape", views[name].shape, o_a.shape[:2])
-        if not is_contiguous(views[name]):
-            raise ValueError(f"{name} has strides {views[name].strides}, expected a contiguous array")
+        check_contiguous(name, views[name])
 
 
+@np.errstate(divide="ignore", invalid="ignore")  # the LSE of two empty states; infinities that make NaN
 def merge_on_cpu(states: list[ArrayView], o: ArrayView, lse: ArrayView) -> None:
     """Merge with NumPy."""
     o_a, o_b, lse_a, lse_b = (arrays.as_numpy(view) for view in states)
     top = np.maximum(lse_a, lse_b)
     base = np.where(top == -np.inf, 0, top)  # -inf - -inf would be NaN
-    parts = []
-    total = np.zeros(top.shape, np.float32)
-    for output, state in ((o_a, lse_a), (o_b, lse_b)):
-        weight = np.exp(state - base)
-        total += weight
-        part = output.astype(np.float32) * weight[..., None]
-        parts.append(np.where((state == -np.inf)[..., None], 0, part))
-    share = np.where(total == 0, 1, total)[..., None]
-    arrays.as_numpy(o)[...] = ((parts[0] + parts[1]) / share).astype(o_a.dtype)
-    with np.errstate(divide="ignore"):
-        arrays.as_numpy(lse)[...] = base + np.log(total)
+    weight_a, weight_b = np.exp(lse_a - base), np.exp(lse_b - base)
+    total = weight_a + weight_b
+    merged = np.zeros(o_a.shape, np.float32)
+    for output, state, weight in ((o_a, lse_a, weight_a), (o_b, lse_b, weight_b)):
+        # The share first: an output times its weight could be more than a float32 holds.
+        share = weight / np.where(total == 0, 1, total)
+        merged += np.where((state == -np.inf)[..., None], 0, output.astype(np.float32)) * share[..., None]
+    arrays.as_numpy(o)[...] = merged.astype(o_a.dtype)
+    arrays.as_numpy(lse)[...] = base + np.log(total)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from fasttree_cupy.integers import INT32_MAX
+
 __all__ = ["UNKNOWN_LENGTHS", "MetadataTuple", "Phase", "PhaseNodeNums"]
 
-_INT32_MAX = 2**31 - 1
-UNKNOWN_LENGTHS = (_INT32_MAX, _INT32_MAX)
+UNKNOWN_LENGTHS = (INT32_MAX, INT32_MAX)
 """Of the longest vnodes of two phases."""
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["PRESETS", "FastTreeParams", "GpuPreset", "preset"]
+from fasttree_cupy.integers import checked_int, checked_pair
 
-_INT32_MAX = 2**31 - 1
+__all__ = ["PRESETS", "FastTreeParams", "GpuPreset", "checked_heads", "preset"]
 
 # Ranges that the API reference recommends; outside them a value warns and is taken.
 _RECOMMENDED = {
@@ -259,24 +259,6 @@ def _finite_float(value: object, name: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{name} is {value!r}, expected a finite number")
     return number
-
-
-def checked_int(value: object, name: str, least: int = 1) -> int:
-    """`value` as a Python integer; TypeError or ValueError in the name of the argument `name`."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} is {value!r}, expected an integer")
-    if not least <= value <= _INT32_MAX:
-        raise ValueError(f"{name} is {value}, expected {least} to {_INT32_MAX}")
-    return int(value)
-
-
-def checked_pair(value: object, name: str, least: int = 1) -> list[int]:
-    """Two integers as a fresh list; TypeError or ValueError in the name of the argument `name`."""
-    if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, np.ndarray)):
-        raise TypeError(f"{name} is {value!r}, expected two integers")
-    if len(value) != 2:
-        raise ValueError(f"{name} has {len(value)} entries, expected two integers")
-    return [checked_int(number, f"{name}[{i}]", least) for i, number in enumerate(value)]
 
 
 def checked_heads(num_qo_heads: int, num_kv_heads: int) -> tuple[int, int]:

@@ -376,7 +376,7 @@ class DecodePlan:
         RuntimeError
             The plan was made with ``place=False`` and is not placed yet.
         """
-        self._growing().append(rows, requests, stream, self._placed(), self._need)
+        self._growing().append(rows, requests, stream, self._placed, self._need)
 
     def fork(self, requests: Any, *, stream: Any = None) -> npt.NDArray[np.int32]:
         """Make requests that share every token so far of their parents; what is appended later is each one's own.
@@ -399,7 +399,7 @@ class DecodePlan:
         TypeError, ValueError, RuntimeError
             See `append`.
         """
-        return self._growing().fork(requests, stream, self._placed())
+        return self._growing().fork(requests, stream, self._placed)
 
     def finish(self, requests: Any, *, stream: Any = None) -> None:
         """End requests: their slots are free for later forks, and what no other request has is not read any more.
@@ -416,7 +416,7 @@ class DecodePlan:
         TypeError, ValueError, RuntimeError
             See `append`.
         """
-        self._growing().finish(requests, stream, self._placed())
+        self._growing().finish(requests, stream, self._placed)
 
     def _snapshot(self) -> tuple[KVTree, npt.NDArray[np.int32]]:
         growth = self._growing()

@@ -12,9 +12,9 @@ import numpy.typing as npt
 from fasttree_cupy.checks import checked_head_dim
 from fasttree_cupy.execution.device import resolve_device
 from fasttree_cupy.execution.upload import place_schedule
-from fasttree_cupy.integers import int_vector
+from fasttree_cupy.integers import checked_int, checked_pair, int_vector
 from fasttree_cupy.metadata import MetadataTuple, PhaseNodeNums
-from fasttree_cupy.params import FastTreeParams, checked_heads, checked_int, checked_pair
+from fasttree_cupy.params import FastTreeParams, checked_heads
 from fasttree_cupy.planning.greedy import GreedyPlan, plan
 from fasttree_cupy.tree import KVTree, KVTreeNode, as_tree
 
@@ -119,7 +119,7 @@ def fasttree_preparation(
 
 def _check_rows(tree: KVTree, KV_ptrs: Sequence[int] | npt.NDArray[Any], batch_size: int) -> None:
     if batch_size != tree.batch_size:
-        raise ValueError(f"batch_size is {batch_size}, but tree_info has {tree.batch_size} requests")
+        raise ValueError(f"batch_size is {batch_size}, but tree_info has {tree.batch_size} requests, expected as many")
     if KV_ptrs is tree.kv_ptrs:
         return
     ptrs = int_vector(KV_ptrs, "KV_ptrs")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fasttree_cupy.checks import FLOAT8_DTYPES, FLOAT32_TINY, check_same, checked_float, is_contiguous
+from fasttree_cupy.checks import FLOAT8_DTYPES, FLOAT32_TINY, check_contiguous, check_same, checked_float
 from fasttree_cupy.execution import arrays, streams
 from fasttree_cupy.execution.arrays import ArrayView
 
@@ -55,8 +55,7 @@ def checked_scale(
     check_same(name, "dtype", view.dtype, "float32")
     check_same(name, "device", view.device, quantised.device)
     check_same(name, "shape", view.shape, quantised.shape[1:2])
-    if not is_contiguous(view):
-        raise ValueError(f"{name} has strides {view.strides} in elements, expected a contiguous array")
+    check_contiguous(name, view)
     if view.device[0] == "cpu":
         factors = arrays.as_numpy(view)
         if not np.all(np.isfinite(factors) & (factors >= FLOAT32_TINY)):

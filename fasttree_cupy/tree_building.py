@@ -15,8 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fasttree_cupy.compiled import njit
-from fasttree_cupy.integers import int_matrix, int_vector
-from fasttree_cupy.params import checked_int
+from fasttree_cupy.integers import checked_int, host_array, int_matrix, int_vector
 
 __all__ = ["RadixTree", "tree_of_block_tables", "tree_of_sequences"]
 
@@ -40,7 +39,11 @@ class RadixTree(NamedTuple):
 
 def tree_of_sequences(token_ids: Iterable[npt.ArrayLike]) -> RadixTree:
     """The tree of ``KVTree.from_sequences``, which says what it holds and raises."""
-    if isinstance(token_ids, (str, bytes)) or not isinstance(token_ids, Iterable):
+    if hasattr(token_ids, "__array__"):
+        token_ids = host_array(token_ids, "token_ids")
+        if token_ids.ndim == 0:
+            raise ValueError("token_ids has shape (), expected a row of integers a request")
+    elif isinstance(token_ids, (str, bytes)) or not isinstance(token_ids, Iterable):
         raise TypeError(f"token_ids is {type(token_ids).__name__}, expected a sequence of integer sequences")
     sequences = [int_vector(ids, f"token_ids[{r}]") for r, ids in enumerate(token_ids)]
     if not sequences:

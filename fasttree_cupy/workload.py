@@ -12,7 +12,8 @@ import numpy.typing as npt
 from fasttree_cupy.checks import ELEMENT_DTYPES
 from fasttree_cupy.execution.arrays import DTYPES
 from fasttree_cupy.execution.device import resolve_device
-from fasttree_cupy.params import checked_heads, checked_int
+from fasttree_cupy.integers import checked_int
+from fasttree_cupy.params import checked_heads
 from fasttree_cupy.tree import KVTree, KVTreeNode, as_tree, fill_requests
 
 __all__ = ["qkv_preparation"]
@@ -71,12 +72,11 @@ def qkv_preparation(
     head_dim = checked_int(head_dim, "head_dim")
     dtype_name, framework = _dtype_and_framework(dtype)
     place = resolve_device(device)
-    if not isinstance(tree_info, KVTree):
-        fill_requests(tree_info)
-    tree = as_tree(tree_info)
-
     # NumPy's generator for GPUs as well: CuPy's own need cuRAND, which our minimal installation lacks.
     rng = np.random.default_rng(None if seed is None else checked_int(seed, "seed", least=0))
+    if not isinstance(tree_info, KVTree):  # last: it changes the nodes
+        fill_requests(tree_info)
+    tree = as_tree(tree_info)
 
     def normal(*shape: int) -> npt.NDArray[Any]:
         return rng.standard_normal(shape, np.float32).astype(DTYPES[dtype_name])

@@ -171,6 +171,39 @@ def test_elements_off_their_grid_are_refused() -> None:
         view("q", np.zeros(9, np.uint8)[1:].view(np.float32))
 
 
+class HalfProtocol:
+    """Gives its memory away, but does not say where it lies."""
+
+    def __dlpack__(self, **arguments: Any) -> Any:
+        return handmade_capsule()
+
+
+class Refusing(Producer):
+    """Fails as the frameworks do."""
+
+    def __init__(self, error: type[Exception]) -> None:
+        self.error = error
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        raise self.error("nothing here")
+
+    def __dlpack__(self, **arguments: Any) -> Any:
+        raise self.error("nothing here")
+
+
+@pytest.mark.parametrize("look", [view, device_of])
+def test_half_a_protocol_is_refused(look: Any) -> None:
+    with pytest.raises(TypeError, match=r"^q: expected an array .* and __dlpack_device__\), got HalfProtocol"):
+        look("q", HalfProtocol())
+
+
+@pytest.mark.parametrize("look", [view, device_of])
+@pytest.mark.parametrize("error", [AttributeError, RuntimeError])
+def test_errors_of_array_objects_name_the_argument(look: Any, error: type[Exception]) -> None:
+    with pytest.raises(TypeError, match=r"^q: expected an array that shows its memory, got Refusing: nothing here"):
+        look("q", Refusing(error))
+
+
 # DLPack
 
 
@@ -234,6 +267,12 @@ def test_capsule_dtypes(code_and_bits: tuple[int, int], dtype: str, version: tup
 def test_capsule_without_strides_with_offset() -> None:
     seen = view("q", Producer(capsule=handmade_capsule(strides=None, byte_offset=64)))
     assert (seen.pointer, seen.strides) == (4160, (4, 1))
+
+
+@pytest.mark.parametrize(("dtype", "offset"), [((2, 16, 1), 1), ((2, 32, 1), 2)])
+def test_capsule_off_its_grid_is_refused(dtype: tuple[int, int, int], offset: int) -> None:
+    with pytest.raises(ValueError, match=r"^q: elements must lie at multiples .*, got address 0x100"):
+        view("q", Producer(capsule=handmade_capsule(dtype, byte_offset=offset)))
 
 
 def test_capsule_devices() -> None:

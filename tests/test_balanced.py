@@ -13,9 +13,9 @@ from fasttree_cupy.execution.schedule import BalancedSchedule
 from fasttree_cupy.planning import balanced
 from fasttree_cupy.planning.balanced import BalancedPlan
 from fasttree_cupy.planning.dealing import MERGE_TOGETHER
+from fasttree_cupy.planning.layout import depth_first, lay_out
 from fasttree_cupy.planning.machine import H200, H200_WORKERS, Constants, WorkerMachine, WorkerRates
 from fasttree_cupy.planning.row_tiles import READ_ONCE, tile_tokens
-from fasttree_cupy.planning.subtree import depth_first, lay_out
 from tests.cases import TREES, Tree
 from tests.plans import poison_partials
 from tests.reference import dense_attention, path_rows

@@ -274,6 +274,7 @@ def test_wrong_result_is_exit_status_1(
         (["plan", "--gpu", "P4"], "argument --gpu: is 'P4', expected H100, A100, V100"),
         (["plan", "--gpu", "H200"], "an H200 takes H100"),
         (["plan", "--device", "cpu"], "unrecognized arguments: --device cpu"),
+        (["plan", "two\nlines"], "unrecognized arguments: two lines"),
     ],
 )
 def test_wrong_input(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -305,7 +305,7 @@ def test_indices_of_two_dimensions(arguments: Arguments, name: str) -> None:
 
 @pytest.mark.parametrize("name", ARRAYS[4:])
 def test_metadata_not_contiguous(arguments: Arguments, name: str) -> None:
-    check(arguments, replaced(name, spread), ValueError, f"{name} has strides .*, expected a contiguous array")
+    check(arguments, replaced(name, spread), ValueError, f"{name} has strides .* in elements, expected a contiguous")
     check(arguments, replaced(name, lambda a: a[::-1]), ValueError, f"{name} has strides .*, expected a contiguous")
 
 
@@ -394,6 +394,7 @@ def test_contents_at_the_limit(arguments: Arguments, name: str, limit: int) -> N
         (None, TypeError, " is None, expected two integers"),
         ({3, 4}, TypeError, " is {3, 4}, expected two integers"),
         (np.array([[1, 2]]), ValueError, " has 1 entries, expected two integers"),
+        (np.array(1), TypeError, " is 1, expected two integers"),
         (np.array([1.0, 2.0]), TypeError, r"\[0\] is .*, expected an integer"),
     ],
     ids=str,

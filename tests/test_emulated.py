@@ -20,6 +20,7 @@ from fasttree_cupy.execution.operands import Operands
 from fasttree_cupy.execution.plan_memory import PlanMemory
 from fasttree_cupy.execution.schedule import BalancedSchedule, HeuristicSchedule, Schedule, SubtreeSchedule
 from fasttree_cupy.planning import balanced, greedy, subtree
+from fasttree_cupy.planning.layout import depth_first, lay_out
 from fasttree_cupy.planning.machine import H200, H200_WORKERS
 from tests.emulation.emulated import Edits, EmulatedStream, build_ahead, compiler_problem, emulated_gpu
 from tests.reference import dense_attention
@@ -103,8 +104,8 @@ def planned(kernel: Kernel, tree: KVTree, heads: tuple[int, int], workers: int) 
     """A schedule that runs the kernel."""
     group = heads[0] // heads[1]
     if kernel.name == "tree_decode_sm90":
-        order, begins, ends = subtree.depth_first(tree)
-        layout = subtree.lay_out(tree, begins, ends, None)
+        order, begins, ends = depth_first(tree)
+        layout = lay_out(tree, begins, ends, None)
         made = balanced.plan_layout(
             layout, order, group, heads[1], kernel.head_dim, workers, H200_WORKERS, kernel.row_groups
         )

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fasttree_cupy.execution.arrays import DTYPES, as_numpy, device_of, empty, framework_of, hand_back, view
+from fasttree_cupy.execution.arrays import (
+    DTYPES,
+    address_of_alike,
+    as_numpy,
+    device_of,
+    empty,
+    framework_of,
+    hand_back,
+    view,
+)
 from fasttree_cupy.execution.streams import WorkStream, keep_alive, record_event, stream_handle, use_stream
 
 CPU = ("cpu", 0)
@@ -98,6 +108,30 @@ def test_torch_refusals(torch: Any) -> None:
             look("q", torch.zeros(4, device="meta"))
 
 
+def nested(torch: Any) -> Any:
+    """Two tensors of different lengths in one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a prototype
+        return torch.nested.nested_tensor([torch.zeros(2, 4), torch.zeros(3, 4)])
+
+
+def test_torch_tensors_without_memory_of_their_own_are_refused(torch: Any) -> None:
+    again = address_of_alike(torch.zeros(4, 8))
+    assert again is not None
+
+    def refused(tensor: Any) -> None:
+        with pytest.raises(TypeError, match=r"^q: expected an array that shows its memory, got Tensor: "):
+            view("q", tensor)
+        assert again(tensor) is None
+
+    def batched(tensor: Any) -> Any:
+        refused(tensor)
+        return tensor
+
+    refused(nested(torch))
+    torch.vmap(batched)(torch.zeros(3, 4, 8))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_empty_for_torch(torch: Any, dtype: str) -> None:
     like = view("q", torch_numbers(torch, "float16"))
@@ -138,12 +172,22 @@ def test_jax_array_still_being_computed(jax: Any, jax_cpu: Any) -> None:
 
 
 def test_jax_tracer_is_refused(jax: Any) -> None:
-    def traced(x: Any) -> Any:
-        view("q", x)
+    def refused(x: Any) -> Any:
+        for look in (view, device_of):
+            with pytest.raises(TypeError, match=r"^q: .*[Tt]race"):
+                look("q", x)
         return x
 
-    with pytest.raises(TypeError, match=r"^q: .*[Tt]race"):
-        jax.jit(traced)(np.zeros(4, np.float32))
+    for transform in (jax.jit, jax.vmap):
+        transform(refused)(np.zeros((4, 8), np.float32))
+
+
+@pytest.mark.parametrize("look", [view, device_of])
+def test_deleted_jax_array_is_refused(jax: Any, look: Any) -> None:
+    array = jax.numpy.zeros(4)
+    array.delete()
+    with pytest.raises(TypeError, match=r"^q: the array was deleted or donated, expected a live one"):
+        look("q", array)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -171,6 +215,17 @@ def test_cupy_array_is_not_touched(cupy: Any, dtype: str) -> None:
     assert view("q", array[1:, ::-1].transpose(2, 0, 1))[:3] == (4224, (8, 2, 4), (1, 32, -8))
     assert device_of("q", array) == ("cuda", 0)
     assert framework_of(array) == "cupy"
+
+
+def test_errors_of_cuda_are_not_the_arrays(cupy: Any) -> None:
+    class Broken(WorkStream):
+        def follow(self, framework: str) -> None:
+            raise RuntimeError(f"CUDA failed while {framework} was followed")
+
+    memory = cupy.cuda.UnownedMemory(4096, 1024, None, 0)
+    array = cupy.ndarray(SHAPE, np.float16, cupy.cuda.MemoryPointer(memory, 0))
+    with pytest.raises(RuntimeError, match=r"^CUDA failed while cupy was followed"):
+        view("q", array, Broken(1234, 0))
 
 
 # CUDA. All on GPU 0, on streams that do not wait for the default stream by themselves.

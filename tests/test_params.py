@@ -123,6 +123,8 @@ def test_other_numbers_are_taken() -> None:
         ("TSQs", [64, 16, 4], ValueError, "TSQs has 3 entries"),
         ("TSQs", 64, TypeError, "TSQs is 64"),
         ("TSQs", "64", TypeError, "TSQs is '64'"),
+        ("TSQs", np.array(64), TypeError, "TSQs is 64, expected two integers"),
+        ("TSKs", np.ma.array([32, 64], mask=[0, 1]), TypeError, r"TSKs\[1\] is None, expected an integer"),
         ("TSQs", [8, 16], ValueError, r"TSQs is \[8, 16\], expected TSQs\[0\] >= TSQs\[1\]"),
         ("TSQs", [64, 0], ValueError, r"TSQs\[1\] is 0"),
         ("TSQs", [64, 16.0], TypeError, r"TSQs\[1\] is 16.0"),

@@ -255,6 +255,24 @@ def test_what_does_not_fit_is_refused(after: str, name: str, change: Any, error:
     assert np.all(out == 7)
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v", "out"])
+def test_jax_arrays_without_memory_are_refused_by_name(jax: Any, name: str) -> None:
+    plan, arrays = small()
+    out = np.full((4, 6, 32), 7, np.float16)
+    deleted = jax.numpy.zeros_like(out if name == "out" else arrays[name])
+    traced = deleted + 1
+    deleted.delete()
+
+    def refused(array: Any) -> Any:
+        with pytest.raises(TypeError, match=rf"^{name}: "):
+            plan.run(**{**arrays, "out": out, name: array})
+        return array
+
+    refused(deleted)
+    jax.jit(refused)(traced)
+    assert np.all(out == 7)
+
+
 def test_both_buffers_of_another_tree_are_refused() -> None:
     plan, arrays = small()
     arrays["k"], arrays["v"] = arrays["k"][:-1], arrays["v"][:-1]

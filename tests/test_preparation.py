@@ -245,7 +245,7 @@ def test_on_the_gpu() -> None:
         ({"KV_ptrs": [1, 8, 24, 40, 72, 104, 136, 168]}, ValueError, r"KV_ptrs\[0\] is 1, expected 0"),
         ({"KV_ptrs": [0, 8, 24, 41, 72, 104, 136, 168]}, ValueError, r"KV_ptrs\[3\] is 41, expected 40"),
         ({"KV_ptrs": [0.0] * 8}, TypeError, r"KV_ptrs\[0\] is 0.0"),
-        ({"KV_ptrs": np.zeros((2, 4), int)}, TypeError, "KV_ptrs is int64 of shape"),
+        ({"KV_ptrs": np.zeros((2, 4), int)}, ValueError, r"KV_ptrs has shape \(2, 4\), expected one dimension"),
         ({"KV_ptrs": None}, TypeError, "KV_ptrs is NoneType"),
         ({"batch_size": 5}, ValueError, "batch_size is 5, but tree_info has 4 requests"),
         ({"batch_size": 4.0}, TypeError, "batch_size is 4.0"),

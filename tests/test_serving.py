@@ -101,6 +101,23 @@ def test_wrong_rows_are_refused(indices: Any, error: type[Exception], message: s
         ft.plan_decode(ft.KVTree([-1], [3]), 2, 1, 16, kv_indices=indices, device="cpu")
 
 
+def test_rows_that_are_no_integers_of_the_caller_are_refused(torch: Any) -> None:
+    plan = ft.plan_decode(ft.KVTree([-1], [3], [0, 0]), 2, 1, 16, device="cpu", capacity=ft.Capacity(8, 20))
+    grad = torch.zeros(2, requires_grad=True)
+    for rows, message in (
+        ([True, 5], "rows holds a bool, expected integers"),
+        ([[4, 5], [6, True]], "rows holds a bool, expected integers"),
+        (np.ma.array([4, 5], mask=[0, 1]), "rows is masked, expected an array without a mask"),
+        (grad, "rows is Tensor, expected an array in host memory .*requires grad"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            plan.append(rows)
+    for change in (plan.fork, plan.finish):
+        with pytest.raises(TypeError, match=r"requests is Tensor, expected an array in .*requires grad"):
+            change(grad)
+    assert (plan.live.tolist(), plan.tree.unique_tokens) == ([0, 1], 3)
+
+
 def test_a_pool_too_small_is_refused() -> None:
     plan = ft.plan_decode(ft.KVTree([-1], [3]), 2, 1, 16, kv_indices=[5, 6, 9], device="cpu")
     q, kv = np.zeros((1, 2, 16), np.float16), np.zeros((9, 1, 16), np.float16)
@@ -146,6 +163,35 @@ def test_empty_states_change_nothing(dtype: str, backend: str) -> None:
     assert np.isneginf(host(both[1])).all()
 
 
+@BACKENDS
+def test_what_empty_states_hold_is_not_looked_at(backend: str) -> None:
+    xp = namespace(backend)
+    o, lse = xp.ones((3, 2, 32), np.float16), xp.ones((3, 2), np.float32)
+    none = xp.full_like(lse, -np.inf)
+    for wild in (np.inf, -np.inf, np.nan):
+        nothing = xp.full_like(o, wild)
+        for state in (ft.merge_states(o, lse, nothing, none), ft.merge_states(nothing, none, o, lse)):
+            np.testing.assert_array_equal(host(state[0]), host(o))
+        assert not host(ft.merge_states(nothing, none, nothing, none)[0]).any()
+
+
+@BACKENDS
+@pytest.mark.parametrize("lse_b", [0.0, -3.0, 7.0])
+def test_the_largest_outputs_merge(lse_b: float, backend: str) -> None:
+    xp = namespace(backend)
+    largest = {"float16": 65504.0, "bfloat16": 3.3895e38}
+    for dtype, value in largest.items():
+        o = xp.asarray(np.full((3, 2, 32), value, np.float32).astype(DTYPES[dtype]))
+        lse = xp.zeros((3, 2), np.float32)
+        np.testing.assert_array_equal(host(ft.merge_states(o, lse, o, lse + np.float32(lse_b))[0]), host(o))
+
+
+def test_states_of_a_head_dim_that_no_kernel_has_are_refused() -> None:
+    o, lse = np.zeros((3, 2, 48), np.float16), np.zeros((3, 2), np.float32)
+    with pytest.raises(ValueError, match=r"^o_a has head_dim 48, expected one of 16, 32, 64, 128, 256"):
+        ft.merge_states(o, lse, o, lse)
+
+
 @pytest.mark.parametrize(
     ("name", "change", "error", "message"),
     [
@@ -154,7 +200,7 @@ def test_empty_states_change_nothing(dtype: str, backend: str) -> None:
         ("o_b", lambda a: a.astype(ml_dtypes.bfloat16), TypeError, "o_b has dtype bfloat16, expected float16"),
         ("lse_a", lambda a: a.astype(np.float16), TypeError, "lse_a has dtype float16, expected float32"),
         ("lse_b", lambda a: a[:, :1], ValueError, r"lse_b has shape \(3, 1\), expected \(3, 2\)"),
-        ("lse_b", lambda a: np.asfortranarray(a), ValueError, "lse_b has strides"),
+        ("lse_b", lambda a: np.asfortranarray(a), ValueError, "lse_b has strides .* in elements, expected"),
         ("stream", lambda a: 3, ValueError, "stream is 3, but o_a lies on the CPU"),
     ],
 )

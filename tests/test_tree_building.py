@@ -158,12 +158,15 @@ def test_kinds_of_sequences() -> None:
         ("text", TypeError, "token_ids is str, expected"),
         (["text"], TypeError, r"token_ids\[0\] is str, expected a sequence of integers"),
         ([[1], 2], TypeError, r"token_ids\[1\] is int, expected a sequence of integers"),
-        (np.array([1, 2]), TypeError, r"token_ids\[0\] is int64 of shape \(\), expected integers, one dimension"),
+        (np.array(5), ValueError, r"token_ids has shape \(\), expected a row of integers a request"),
+        (np.array([1, 2]), ValueError, r"token_ids\[0\] has shape \(\), expected one dimension"),
         ([[1], [2, 3.0]], TypeError, r"token_ids\[1\]\[1\] is 3\.0, expected an integer"),
         ([[True]], TypeError, r"token_ids\[0\]\[0\] is True, expected an integer"),
-        ([[1], np.zeros(2)], TypeError, r"token_ids\[1\] is float64 of shape \(2,\), expected integers"),
-        ([np.zeros((2, 2), int)], TypeError, r"token_ids\[0\] is int64 of shape \(2, 2\), .* one dimension"),
-        ([[2**63]], ValueError, r"token_ids\[0\]\[0\] is 9223372036854775808, which does not fit"),
+        ([[1], np.zeros(2)], TypeError, r"token_ids\[1\] is float64, expected integers"),
+        ([np.zeros((2, 2), int)], ValueError, r"token_ids\[0\] has shape \(2, 2\), expected one dimension"),
+        ([[2**63]], ValueError, r"token_ids\[0\]\[0\] is 9223372036854775808, which does not fit .*, expected "),
+        ([np.array([2**63], np.uint64)], ValueError, r"token_ids\[0\] holds 9223372036854775808, .*, expected "),
+        ([np.ma.array([1, 2], mask=[0, 1])], TypeError, r"token_ids\[0\] is masked, expected an array without a mask"),
         ([Foreign([1], on_host=False)], TypeError, r"token_ids\[0\] is Foreign, expected an array in host memory"),
     ],
 )
@@ -290,8 +293,11 @@ def test_block_tables_are_left_alone() -> None:
 
 
 def test_no_tokens() -> None:
-    tree, kv_indices = KVTree.from_block_tables(np.zeros((2, 0), int), [0, 0], 16)
-    assert (tree.seqlen.tolist(), tree.request_node.tolist(), kv_indices.tolist()) == ([0], [0, 0], [])
+    for tables in (np.zeros((2, 0), int), [[], []]):
+        for lengths in (np.array([0, 0]), [0, 0]):
+            tree, kv_indices = KVTree.from_block_tables(tables, lengths, 16)
+            assert (tree.seqlen.tolist(), tree.request_node.tolist(), kv_indices.tolist()) == ([0], [0, 0], [])
+    assert KVTree.from_sequences([np.array([]), []]).seqlen.tolist() == [0]
 
 
 def test_last_pool_row() -> None:
@@ -311,13 +317,17 @@ def test_last_pool_row() -> None:
         (([[0], [1]], [4], 4), ValueError, "seq_lens has 1 entries, expected one a row of block_tables: 2"),
         (([[0]], 4, 4), TypeError, "seq_lens is int, expected a sequence of integers"),
         (([[0]], [4.0], 4), TypeError, r"seq_lens\[0\] is 4\.0, expected an integer"),
-        (([[0]], np.array([[4]]), 4), TypeError, r"seq_lens is int64 of shape \(1, 1\), .* one dimension"),
+        (([[0]], np.array([[4]]), 4), ValueError, r"seq_lens has shape \(1, 1\), expected one dimension"),
         (([0, 1], [4, 4], 4), ValueError, r"block_tables has shape \(2,\), expected two dimensions"),
         (([], [], 4), ValueError, r"block_tables has shape \(0,\), expected two dimensions"),
         ((np.zeros((0, 4), int), [], 4), ValueError, "block_tables is empty, expected a row a request"),
         (([[0, 1], [0]], [4, 4], 4), ValueError, "block_tables has rows of different lengths"),
         (([[0.0]], [4], 4), TypeError, "block_tables is float64, expected integers"),
         (([[True]], [1], 4), TypeError, "block_tables is bool, expected integers"),
+        (([[True, 5]], [2], 4), TypeError, "block_tables holds a bool, expected integers"),
+        (((np.array([True]), [5]), [1, 1], 4), TypeError, "block_tables holds a bool, expected integers"),
+        ((np.ma.array([[0, 5]], mask=[[0, 1]]), [2], 4), TypeError, "block_tables is masked, expected an array"),
+        (([np.ma.array([0, 5], mask=[0, 1])], [2], 4), TypeError, "block_tables is masked, expected an array"),
         (([[None]], [1], 4), TypeError, "block_tables is object, expected integers"),
         ((Foreign([[0]], on_host=False), [4], 4), TypeError, "block_tables is Foreign, expected an array in host"),
         (([[0]], [4], 0), ValueError, f"page_size is 0, expected 1 to {INT32_MAX}"),
@@ -328,3 +338,21 @@ def test_last_pool_row() -> None:
 def test_wrong_block_tables(arguments: tuple[Any, Any, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         KVTree.from_block_tables(*arguments)
+
+
+@pytest.mark.parametrize("problem", ["requires grad", "negative bit", "BFloat16"])
+def test_tensors_that_numpy_cannot_read_are_refused(problem: str, torch: Any) -> None:
+    tensor = torch.ones(1, 2, dtype=torch.bfloat16 if problem == "BFloat16" else torch.float32)
+    if problem == "requires grad":
+        tensor.requires_grad = True
+    elif problem == "negative bit":
+        tensor = torch._neg_view(tensor)
+    calls = {
+        "token_ids": lambda: KVTree.from_sequences(tensor),
+        r"token_ids\[0\]": lambda: KVTree.from_sequences([tensor[0]]),
+        "block_tables": lambda: KVTree.from_block_tables(tensor, [2], 1),
+        "seqlen": lambda: KVTree([-1], tensor[0]),
+    }
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=rf"^{name} is Tensor, expected an array in host memory .*{problem}"):
+            call()

@@ -173,8 +173,8 @@ def test_other_dtypes_are_refused(dtype: Any) -> None:
         ({"num_kv_heads": -1}, ValueError, "num_kv_heads is -1"),
         ({"num_kv_heads": True}, TypeError, "num_kv_heads is True"),
         ({"head_dim": 16.0}, TypeError, "head_dim is 16.0"),
-        ({"device": "tpu"}, ValueError, "device must be"),
-        ({"device": "cpu:1"}, ValueError, "device must be"),
+        ({"device": "tpu"}, ValueError, "device is 'tpu', expected None, 'cpu', 'cuda' or"),
+        ({"device": "cpu:1"}, ValueError, "device is 'cpu:1', expected None, 'cpu'"),
         ({"tree_info": None}, TypeError, "tree_info is NoneType"),
         ({"tree_info": []}, ValueError, "tree_info is empty"),
         ({"tree_info": [KVTreeNode(0, 0, 1, 1)]}, ValueError, "tree_info"),
@@ -183,11 +183,13 @@ def test_other_dtypes_are_refused(dtype: Any) -> None:
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    nodes = leafy_tree()
     arguments = {
-        "tree_info": leafy_tree(), "num_qo_heads": 6, "num_kv_heads": 2, "head_dim": 16, "device": "cpu"
+        "tree_info": nodes, "num_qo_heads": 6, "num_kv_heads": 2, "head_dim": 16, "device": "cpu"
     }  # fmt: skip
     with pytest.raises(error, match=message):
         qkv_preparation(**{**arguments, **change})
+    assert nodes == leafy_tree()
 
 
 def test_the_one_cpu_has_a_number(torch: Any) -> None:

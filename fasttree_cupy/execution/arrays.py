@@ -52,6 +52,9 @@ _ARRAY_CLASSES = {
     ("jaxlib", "ArrayImpl"): "jax",
 }
 
+# What a look at an array may raise: RuntimeError comes from torch for a nested tensor, from JAX for a deleted array.
+_REFUSALS = (TypeError, ValueError, BufferError, AttributeError, RuntimeError)
+
 # JAX takes over CPU memory without a copy from this alignment on.
 _ALIGNMENT = 64
 
@@ -90,23 +93,26 @@ def view(name: str, array: Any, stream: streams.WorkStream | None = None) -> Arr
     Raises
     ------
     TypeError
-        If `array` is no array, requires grad, or has a dtype not in DTYPES.
+        If `array` is no array or one that gives no memory away (it requires grad, is traced, or was deleted), or has a
+        dtype not in DTYPES.
     ValueError
         If its memory is not aligned to elements or lies on a device other than CPU and CUDA.
     """
     framework = framework_of(array)
     try:
         if framework == "torch":
-            return _view_torch(array, stream)
-        if framework == "numpy":
+            seen = _view_torch(array)
+        elif framework == "numpy":
             return _view_numpy(array)
-        if framework == "cupy":
-            return _view_cupy(array, stream)
-        return _view_dlpack(array, framework, stream)
-    except (TypeError, BufferError) as error:
-        raise TypeError(f"{name}: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        elif framework == "cupy":
+            seen = _view_cupy(array)
+        else:
+            return _view_dlpack(array, framework, stream)
+    except _REFUSALS as error:
+        raise _refusal(name, array, error) from error
+    if stream is not None and seen.device is not _CPU:
+        stream.follow(framework)  # whose errors are CUDA's, not the array's
+    return seen
 
 
 def device_of(name: str, array: Any) -> tuple[str, int]:
@@ -119,12 +125,11 @@ def device_of(name: str, array: Any) -> tuple[str, int]:
             return _CPU
         if framework == "cupy":
             return ("cuda", array.data.device_id)
-        _require_dlpack(array)
+        if framework == "other":
+            _require_dlpack(array)
         return dlpack.device_of(array)
-    except (TypeError, BufferError) as error:
-        raise TypeError(f"{name}: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+    except _REFUSALS as error:
+        raise _refusal(name, array, error) from error
 
 
 def framework_of(array: Any) -> str:
@@ -141,6 +146,17 @@ def _framework_of_type(array_type: type) -> str:
     return "other"
 
 
+def _refusal(name: str, array: Any, error: Exception) -> Exception:
+    """What a caller gets for an error in a look at `array`."""
+    if isinstance(error, ValueError):
+        return ValueError(f"{name}: {error}")
+    if framework_of(array) == "jax" and array.is_deleted():
+        return TypeError(f"{name}: the array was deleted or donated, expected a live one")
+    if isinstance(error, (AttributeError, RuntimeError)):
+        return TypeError(f"{name}: expected an array that shows its memory, got {type(array).__name__}: {error}")
+    return TypeError(f"{name}: {error}")
+
+
 def _view_numpy(array: Any) -> ArrayView:
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError("a masked array is not supported: its mask would be ignored")
@@ -150,17 +166,15 @@ def _view_numpy(array: Any) -> ArrayView:
     return ArrayView(pointer, array.shape, strides, dtype, _CPU, array.flags.writeable, "numpy", array)
 
 
-def _view_cupy(array: Any, stream: streams.WorkStream | None) -> ArrayView:
+def _view_cupy(array: Any) -> ArrayView:
     dtype = _dtype_name(array.dtype)
     memory = array.data
     pointer, index = memory.ptr, memory.device_id
     strides = _strides_in_elements(array, pointer)
-    if stream is not None:
-        stream.follow("cupy")
     return ArrayView(pointer, array.shape, strides, dtype, ("cuda", index), True, "cupy", array)
 
 
-def _view_torch(tensor: Any, stream: streams.WorkStream | None) -> ArrayView:
+def _view_torch(tensor: Any) -> ArrayView:
     if tensor.requires_grad:
         raise TypeError("the tensor requires grad, detach it first: no gradient flows through this call")
     if tensor.layout is not sys.modules["torch"].strided:
@@ -170,18 +184,20 @@ def _view_torch(tensor: Any, stream: streams.WorkStream | None) -> ArrayView:
     dtype, device = _dtype_name(tensor.dtype), _torch_device(tensor)
     pointer, size = tensor.data_ptr(), tensor.element_size()
     if pointer % size:
-        raise ValueError(f"elements must lie at multiples of their size ({size} bytes), got address {pointer:#x}")
-    if stream is not None and device is not _CPU:
-        stream.follow("torch")
+        raise _misaligned(size, pointer)
     return ArrayView(pointer, tuple(tensor.shape), tensor.stride(), dtype, device, True, "torch", tensor)
 
 
 def _view_dlpack(array: Any, framework: str, stream: streams.WorkStream | None) -> ArrayView:
-    _require_dlpack(array)
+    if framework == "other":
+        _require_dlpack(array)
     capsule = dlpack.ask(array, None if stream is None else stream.handle)
     pointer, shape, strides, dtype, device, read_only = dlpack.read(capsule)
-    if dtype not in DTYPES:
+    known = DTYPES.get(dtype)
+    if known is None:
         raise _unsupported(dtype)
+    if pointer % known.itemsize:
+        raise _misaligned(known.itemsize, pointer)
     # JAX's arrays never change, and its capsules are too old to say so.
     writable = framework != "jax" and not read_only
     return ArrayView(pointer, shape, strides, dtype, device, writable, framework, capsule)
@@ -206,17 +222,20 @@ def _address_of_alike_tensor(like: Any) -> Callable[[Any], int | None]:
     )  # fmt: skip
 
     def address(tensor: Any) -> int | None:
-        if (
-            type(tensor) is kind
-            and tensor.layout is layout
-            and tensor.dtype is dtype
-            and tensor.shape == shape
-            and tensor.stride() == strides
-            and tensor.device == device
-            and not tensor.requires_grad
-            and not tensor.is_neg()
-        ):
-            return tensor.data_ptr()  # type: ignore[no-any-return]
+        try:
+            if (
+                type(tensor) is kind
+                and tensor.layout is layout
+                and tensor.dtype is dtype
+                and tensor.shape == shape
+                and tensor.stride() == strides
+                and tensor.device == device
+                and not tensor.requires_grad
+                and not tensor.is_neg()
+            ):
+                return tensor.data_ptr()  # type: ignore[no-any-return]
+        except RuntimeError:  # a nested tensor has no shape, one of torch.vmap no memory
+            pass
         return None
 
     return address
@@ -236,9 +255,9 @@ def _address_of_alike_cupy(like: Any) -> Callable[[Any], int | None]:
 
 
 def _require_dlpack(array: Any) -> None:
-    if isinstance(array, type) or not hasattr(array, "__dlpack__"):
+    if isinstance(array, type) or not (hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__")):
         raise TypeError(
-            "expected an array (NumPy, CuPy, torch, JAX or another with __dlpack__), "
+            "expected an array (NumPy, CuPy, torch, JAX or another with __dlpack__ and __dlpack_device__), "
             f"got {array if isinstance(array, type) else type(array).__name__}"
         )
 
@@ -262,6 +281,10 @@ def _dtype_name(dtype: Any) -> str:
 
 def _unsupported(dtype: str) -> TypeError:
     return TypeError(f"dtype {dtype} is not supported, expected one of {', '.join(DTYPES)}")
+
+
+def _misaligned(size: int, pointer: int) -> ValueError:
+    return ValueError(f"elements must lie at multiples of their size ({size} bytes), got address {pointer:#x}")
 
 
 def _strides_in_elements(array: Any, pointer: int) -> tuple[int, ...]:

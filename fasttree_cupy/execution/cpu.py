@@ -17,15 +17,15 @@ from numba import get_num_threads, prange
 
 from fasttree_cupy.compiled import njit
 from fasttree_cupy.execution.arrays import as_numpy
+from fasttree_cupy.execution.cpu_rows import Rows, float8_values, load_row, load_tokens, rows_of, store_row
 from fasttree_cupy.execution.operands import Operands
 from fasttree_cupy.metadata import MetadataTuple
 
-__all__ = ["check_metadata", "decode", "run"]
+__all__ = ["check_indices", "decode", "run"]
 
 Array = npt.NDArray[Any]
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
-Bits = npt.NDArray[np.uint16] | npt.NDArray[np.uint8]
 
 _TILE_TOKENS = 128
 _TILE_ROWS = 256
@@ -73,8 +73,8 @@ def decode(
     """
     m = metadata
     k_scales, v_scales = (np.full(k.shape[1], scale, np.float32) for scale in (k_scale, v_scale))
-    numbers = (q.dtype != np.float16, _float8_values(k.dtype), k_scales, v_scales, float(sm_scale), float(logit_cap))
-    inputs = _Inputs(_rows(q), _rows(k), _rows(v), *numbers)
+    numbers = (q.dtype != np.float16, float8_values(k.dtype), k_scales, v_scales, float(sm_scale), float(logit_cap))
+    inputs = _Inputs(rows_of(q), rows_of(k), rows_of(v), *numbers)
     kv_lists = _Lists(m.vnode_to_kv_entries, m.vnode_to_kv_offs, m.vnode_to_kv_lens)
     q_lists = _Lists(m.vnode_to_q_entries, m.vnode_to_q_offs, m.vnode_to_q_lens)
     mid_lists = _Lists(m.req_to_vnode_entries, m.req_to_vnode_offs, m.req_to_vnode_lens)
@@ -82,7 +82,7 @@ def decode(
     with _LOCK:
         _stage1(*inputs, k.shape[1], kv_lists, q_lists, get_num_threads(), m.mid_o, m.mid_lse)
         merged_lse = np.empty(o.shape[:2], np.float32) if lse is None else lse
-        _stage2(mid_lists, whose, m.mid_o, m.mid_lse, inputs.bfloat16, _rows(o, writeable=True), merged_lse)
+        _stage2(mid_lists, whose, m.mid_o, m.mid_lse, inputs.bfloat16, rows_of(o, writeable=True), merged_lse)
 
 
 def run(operands: Operands, metadata: MetadataTuple, requests: Int32Array | None = None) -> None:
@@ -95,13 +95,13 @@ def run(operands: Operands, metadata: MetadataTuple, requests: Int32Array | None
     decode(q, k, v, o, metadata, operands.sm_scale, operands.logit_cap, lse, requests, k_scale, v_scale)
 
 
-def check_metadata(metadata: MetadataTuple, num_tokens: int, batch_size: int) -> None:
+def check_indices(metadata: MetadataTuple, num_tokens: int, batch_size: int) -> None:
     """Look at every index of the metadata.
 
     Parameters
     ----------
     metadata
-        The documented 13 values as NumPy arrays of the documented number of dimensions.
+        The documented 13 values as NumPy arrays of the documented shapes.
     num_tokens
         Rows of K and V.
     batch_size
@@ -110,27 +110,15 @@ def check_metadata(metadata: MetadataTuple, num_tokens: int, batch_size: int) ->
     Raises
     ------
     ValueError
-        An array's length disagrees with another's, or an index leads outside the array that it points into.
+        An index leads outside the array that it points into.
     """
-    num_mid = len(metadata.vnode_to_q_entries)
-    _check_length(metadata, "vnode_to_q_offs", len(metadata.vnode_to_kv_offs), "vnode_to_kv_offs")
-    _check_length(metadata, "req_to_vnode_offs", batch_size, "q")
-    _check_length(metadata, "mid_o", num_mid, "vnode_to_q_entries")
-    _check_length(metadata, "mid_lse", num_mid, "vnode_to_q_entries")
     _check_lists(metadata, "vnode_to_kv", num_tokens, "k_buffer and v_buffer")
     _check_lists(metadata, "vnode_to_q", batch_size, "q")
-    _check_lists(metadata, "req_to_vnode", num_mid, "mid_o")
-
-
-def _check_length(metadata: MetadataTuple, name: str, expected: int, model: str) -> None:
-    length = len(getattr(metadata, name))
-    if length != expected:
-        raise ValueError(f"{name} has {length} rows, expected {expected} as {model} has")
+    _check_lists(metadata, "req_to_vnode", len(metadata.mid_o), "mid_o")
 
 
 def _check_lists(metadata: MetadataTuple, name: str, num_rows: int, target: str) -> None:
     entries, offs, lens = (getattr(metadata, f"{name}_{part}") for part in ("entries", "offs", "lens"))
-    _check_length(metadata, f"{name}_lens", len(offs), f"{name}_offs")
     i = _first_bad_range(_Lists(entries, offs, lens))
     if i >= 0:
         raise ValueError(
@@ -150,44 +138,20 @@ class _Lists(NamedTuple):
     lens: Int32Array
 
 
-class _Rows(NamedTuple):
-    """Element (i, h, d) of an array is bits[start + i * row_stride + h * head_stride + d]."""
-
-    bits: Bits
-    start: int
-    row_stride: int
-    head_stride: int
+_Rows = Rows
+"""What Numba's caches on disk from before `cpu_rows` was a file of its own ask for: see compiled.py."""
 
 
 class _Inputs(NamedTuple):
-    q: _Rows
-    k: _Rows
-    v: _Rows
+    q: Rows
+    k: Rows
+    v: Rows
     bfloat16: bool
     float8: Float32Array  # the 256 values of float8 K and V; empty: they have the type of Q
     k_scales: Float32Array
     v_scales: Float32Array
     sm_scale: float
     logit_cap: float
-
-
-def _float8_values(dtype: np.dtype[Any]) -> Float32Array:
-    """The values of all bytes as a float8 type; none for a 16-bit one."""
-    if dtype.itemsize > 1:
-        return np.empty(0, np.float32)
-    return np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
-
-
-def _rows(array: Array, *, writeable: bool = False) -> _Rows:
-    """Flatten without a copy, so that Numba compiles once and not for each combination of layouts."""
-    size = array.itemsize
-    row_stride, head_stride = (stride // size for stride in array.strides[:2])
-    upward = array[:: -1 if row_stride < 0 else 1, :: -1 if head_stride < 0 else 1].view(f"u{size}")
-    last = [(n - 1) * stride // size for n, stride in zip(upward.shape, upward.strides, strict=True)]
-    extent = sum(last) + 1 if array.size else 0
-    bits = np.lib.stride_tricks.as_strided(upward, (extent,), (size,), writeable=writeable)
-    start = (last[0] if row_stride < 0 else 0) + (last[1] if head_stride < 0 else 0)
-    return _Rows(bits, start, row_stride, head_stride)
 
 
 @njit
@@ -211,9 +175,9 @@ def _first_bad_entry(lists: _Lists, num_rows: int) -> int:
 
 @njit(parallel=True)
 def _stage1(
-    q: _Rows,
-    k: _Rows,
-    v: _Rows,
+    q: Rows,
+    k: Rows,
+    v: Rows,
     bfloat16: bool,
     float8: Float32Array,
     k_scales: Float32Array,
@@ -269,7 +233,7 @@ def _attend(
     query = np.zeros((_round_up(rows), head_dim), np.float32)
     for row in range(rows):
         head = kv_head * group + row % group
-        _load_row(inputs.q, inputs.bfloat16, requests[row // group], head, query[row])
+        load_row(inputs.q, inputs.bfloat16, requests[row // group], head, query[row])
         query[row] *= np.float32(inputs.sm_scale) * inputs.k_scales[kv_head]
     acc = np.zeros_like(query)
     top = np.full(rows, -np.inf, np.float32)
@@ -281,7 +245,7 @@ def _attend(
     for first in range(0, len(tokens), _TILE_TOKENS):
         chosen = tokens[first : first + _TILE_TOKENS]
         count, padded = len(chosen), _round_up(len(chosen))
-        _load_tokens(inputs.k, inputs.bfloat16, inputs.float8, chosen, kv_head, tile)
+        load_tokens(inputs.k, inputs.bfloat16, inputs.float8, chosen, kv_head, tile)
         for d in range(head_dim):
             for i in range(count):
                 keys[d, i] = tile[i, d]
@@ -290,7 +254,7 @@ def _attend(
         for row in range(rows):
             fold = _fold(scores[row, :count], inputs.logit_cap, total[row], top[row], acc[row])
             total[row], top[row] = fold
-        _load_tokens(inputs.v, inputs.bfloat16, inputs.float8, chosen, kv_head, tile)
+        load_tokens(inputs.v, inputs.bfloat16, inputs.float8, chosen, kv_head, tile)
         tile[count:padded] = 0
         _multiply_add(scores, tile, acc, padded, head_dim)
 
@@ -382,7 +346,7 @@ def _stage2(
     mid_o: Float32Array,
     mid_lse: Float32Array,
     bfloat16: bool,
-    o: _Rows,
+    o: Rows,
     lse: Float32Array,
 ) -> None:
     """Merge the partial outputs of each request and head by their LSE."""
@@ -403,92 +367,5 @@ def _stage2(
             acc += weight * mid_o[row, head]
         if total != 0:
             acc /= total
-        _store_row(acc, bfloat16, o, request, head)
+        store_row(acc, bfloat16, o, request, head)
         lse[request, head] = top + np.log(total)  # -inf where there was no token
-
-
-@njit
-def _load_row(source: _Rows, bfloat16: bool, row: int, head: int, out: Float32Array) -> None:
-    start = source.start + row * source.row_stride + head * source.head_stride
-    bits = source.bits[start : start + len(out)]
-    if bfloat16:
-        for d in range(len(out)):
-            out[d] = _from_bfloat16(bits[d])
-    else:
-        for d in range(len(out)):
-            out[d] = _from_float16(bits[d])
-
-
-@njit
-def _load_tokens(
-    source: _Rows, bfloat16: bool, float8: Float32Array, tokens: Int32Array, head: int, out: Float32Array
-) -> None:
-    """Widen rows of K or V, of the type of Q or float8."""
-    if len(float8) == 0:
-        for i in range(len(tokens)):
-            _load_row(source, bfloat16, tokens[i], head, out[i])
-        return
-    for i in range(len(tokens)):
-        start = source.start + tokens[i] * source.row_stride + head * source.head_stride
-        bits = source.bits[start : start + out.shape[1]]
-        for d in range(len(bits)):
-            out[i, d] = float8[bits[d]]
-
-
-@njit
-def _store_row(values: Float32Array, bfloat16: bool, target: _Rows, row: int, head: int) -> None:
-    start = target.start + row * target.row_stride + head * target.head_stride
-    bits = target.bits[start : start + len(values)]
-    if bfloat16:
-        for d in range(len(values)):
-            bits[d] = _to_bfloat16(values[d])
-    else:
-        for d in range(len(values)):
-            bits[d] = _to_float16(values[d])
-
-
-# Numba has no 16-bit floats. These conversions are exact, or round to nearest even, for every value there is.
-# They select and do not branch, so that LLVM vectorises the loops around them.
-
-
-@njit
-def _from_bfloat16(bits: np.uint16) -> np.float32:
-    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
-
-
-@njit
-def _to_bfloat16(value: np.float32) -> np.uint16:
-    bits = np.float32(value).view(np.uint32)
-    odd = (bits >> np.uint32(16)) & np.uint32(1)
-    rounded = np.uint32(bits + np.uint32(0x7FFF) + odd)
-    quiet = np.uint32(bits | np.uint32(0x400000))  # a NaN must not be rounded to inf
-    return np.uint16((quiet if np.isnan(value) else rounded) >> np.uint32(16))
-
-
-@njit
-def _from_float16(bits: np.uint16) -> np.float32:
-    sign = np.uint32(np.uint32(bits & np.uint16(0x8000)) << np.uint32(16))
-    magnitude = np.uint32(np.uint32(bits & np.uint16(0x7FFF)) << np.uint32(13))
-    # The exponent's bias becomes 127 instead of 15; the largest exponent, inf and NaN, stays the largest.
-    bias = np.uint32(0x70000000) if magnitude >= np.uint32(0x0F800000) else np.uint32(0x38000000)
-    normal = np.uint32(magnitude + bias)
-    # A subnormal has no leading one: write it behind that of 2**-14, then take 2**-14 away.
-    smallest = np.uint32(0x38800000)
-    shifted = np.uint32(magnitude + smallest).view(np.float32)
-    subnormal = np.float32(shifted - smallest.view(np.float32)).view(np.uint32)
-    return np.uint32(sign | (subnormal if magnitude < np.uint32(0x00800000) else normal)).view(np.float32)
-
-
-@njit
-def _to_float16(value: np.float32) -> np.uint16:
-    bits = np.float32(value).view(np.uint32)
-    sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
-    magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
-    odd = (magnitude >> np.uint32(13)) & np.uint32(1)
-    normal = np.uint32(magnitude - np.uint32(0x38000000) + np.uint32(0xFFF) + odd) >> np.uint32(13)
-    # The last bit of a float32 in [0.5, 1) is worth 2**-24, float16's smallest subnormal: the adder rounds.
-    half = np.float32(0.5)
-    subnormal = np.float32(magnitude.view(np.float32) + half).view(np.uint32) - half.view(np.uint32)
-    finite = subnormal if magnitude < np.uint32(0x38800000) else normal
-    special = np.uint32(0x7E00) if magnitude > np.uint32(0x7F800000) else np.uint32(0x7C00)
-    return np.uint16(sign | (special if magnitude >= np.uint32(0x477FF000) else finite))

@@ -52,7 +52,7 @@ def resolve_device(device: str | None) -> str:
         return "cpu"
     kind, _, index = name.partition(":")
     if name != "auto" and (kind != "cuda" or not (index.isdecimal() or name == "cuda")):
-        raise ValueError(f"device must be None, 'cpu', 'cuda' or 'cuda:<index>', got {device!r}")
+        raise ValueError(f"device is {device!r}, expected None, 'cpu', 'cuda' or 'cuda:<index>'")
     problem = gpu_problem()
     if problem is not None:
         raise ValueError(f"device is {device!r}, but {problem}")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fasttree_cupy.alignment import TRANSACTION_BYTES
+from fasttree_cupy.alignment import next_start
 from fasttree_cupy.execution.arrays import ArrayView, aligned_empty, view
 from fasttree_cupy.execution.streams import WorkStream
 from fasttree_cupy.execution.upload import packed_size, upload
@@ -93,7 +93,7 @@ class MemoryNeeds:
         self._parts: list[tuple[int, tuple[int, ...], str]] = []  # offset, shape, dtype
         self.workspace_bytes = 0
         for shape, dtype in ((mid_shape, "float32"), (mid_shape[:2], "float32"), ((counters,), "int32")):
-            offset = -(-self.workspace_bytes // TRANSACTION_BYTES) * TRANSACTION_BYTES
+            offset = next_start(self.workspace_bytes)
             self._parts.append((offset, shape, dtype))
             if prod(shape):
                 self.workspace_bytes = offset + ELEMENT_BYTES * prod(shape)

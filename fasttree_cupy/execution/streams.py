@@ -185,14 +185,25 @@ def keep_alive(event: Any, owners: Iterable[object]) -> None:
     """
     with _in_use_lock:
         _in_use.append((event, tuple(owners)))
-        done = []  # dropped outside the lock: what an owner's end runs may come back here
-        while _in_use:
-            first = _in_use.popleft()
-            if not first[0].done:
+        done = _take_done()
+    del done  # outside the lock: what an owner's end runs may come back here
+
+
+def _take_done() -> list[Any]:
+    """Take out what is held for events that have passed, up to the first that has not."""
+    done = []
+    while _in_use:
+        first = _in_use.popleft()  # before its event is asked: a collection of garbage meanwhile may lead here, too
+        is_done = False
+        try:
+            is_done = first[0].done
+        finally:  # also where CUDA refuses to say
+            if not is_done:
                 _in_use.appendleft(first)
-                break
-            done.append(first)
-    del done
+        if not is_done:
+            break
+        done.append(first)
+    return done
 
 
 def record_event(stream: int, event: Any = None) -> Any:

@@ -8,21 +8,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fasttree_cupy.alignment import TRANSACTION_BYTES
+from fasttree_cupy.alignment import next_start
 
 __all__ = ["pack", "packed_size", "place_schedule", "upload"]
-
-ALIGNMENT = TRANSACTION_BYTES // 4
-"""Elements at a multiple of which each array starts."""
 
 
 def packed_size(arrays: Sequence[npt.NDArray[np.int32]]) -> int:
     """Elements of what `pack` makes of arrays."""
-    return sum(-(-array.size // ALIGNMENT) * ALIGNMENT for array in arrays)
+    return sum(next_start(array.size, array.itemsize) for array in arrays)
 
 
 def pack(arrays: Sequence[npt.NDArray[np.int32]]) -> tuple[npt.NDArray[np.int32], list[int]]:
-    """All arrays in one, and where each starts: at a multiple of `ALIGNMENT`."""
+    """All arrays in one, and where each starts: see `next_start`."""
     starts = [packed_size(arrays[:i]) for i in range(len(arrays))]
     packed = np.zeros(packed_size(arrays), np.int32)
     for start, array in zip(starts, arrays, strict=True):

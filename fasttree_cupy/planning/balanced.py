@@ -18,9 +18,9 @@ import numpy.typing as npt
 
 from fasttree_cupy.compiled import njit
 from fasttree_cupy.planning.dealing import MERGE_TOGETHER, Work, deal
+from fasttree_cupy.planning.layout import Layout, check_row_numbers, depth_first, lay_out
 from fasttree_cupy.planning.machine import WorkerMachine, WorkerRates
 from fasttree_cupy.planning.row_tiles import READ_ONCE, tile_segments, tile_tokens
-from fasttree_cupy.planning.subtree import _Layout, depth_first, lay_out
 from fasttree_cupy.tree import KVTree
 
 __all__ = [
@@ -55,8 +55,11 @@ ITEM_FIELDS = (
     "first_partial", "counter", "first_request", "together", "kv_begin", "kv_len", "row_begin", "row_end",
 )  # fmt: skip
 """Columns of `BalancedPlan.items`: struct WorkItem of cuda_src/include/work.cuh."""
-
-_INT32_MAX = 2**31 - 1
+(
+    FIRST_POSITION, NUM_REQUESTS, KV_HEAD, TOKENS, NEXT, NEXT_SEGMENT, PIECE, PIECES,
+    FIRST_PARTIAL, COUNTER, FIRST_REQUEST, TOGETHER, KV_BEGIN, KV_LEN, ROW_BEGIN, ROW_END,
+) = range(len(ITEM_FIELDS))  # fmt: skip
+"""The columns' numbers."""
 
 
 class BalancedPlan(NamedTuple):
@@ -129,17 +132,14 @@ def plan(
     """
     if group > MOST_ROW_GROUPS * GROUP_ROWS:
         raise ValueError(f"group is {group}, expected at most {MOST_ROW_GROUPS * GROUP_ROWS}")
-    if tree.unique_tokens > _INT32_MAX:
-        raise ValueError(
-            f"tree_info holds {tree.unique_tokens} tokens, but int32 row numbers reach {_INT32_MAX} at most"
-        )
+    check_row_numbers(tree)
     request_order, begins, ends = depth_first(tree)
     layout = lay_out(tree, begins, ends, kv_indices)
     return plan_layout(layout, request_order, group, num_kv_heads, head_dim, multiprocessors, machine)
 
 
 def plan_layout(
-    layout: _Layout,
+    layout: Layout,
     request_order: Int32Array,
     group: int,
     num_kv_heads: int,
@@ -152,7 +152,7 @@ def plan_layout(
 
     Parameters
     ----------
-    layout : _Layout
+    layout : Layout
         Runs of tokens, ancestors first.
     request_order : int32 (B,)
         Requests in depth-first order.
@@ -171,11 +171,11 @@ def plan_layout(
         dealt = _deal(layout, batch, heads, size, row_groups, STEP_TOKENS[row_groups], multiprocessors, rates, machine)
         candidates.append((*dealt, row_groups))
     estimate, tokens, pieces, row_groups = min(candidates, key=lambda candidate: candidate[0])
-    requests, step_tokens = row_groups * GROUP_ROWS // group, STEP_TOKENS[row_groups]
+    tile_requests, step_tokens = row_groups * GROUP_ROWS // group, STEP_TOKENS[row_groups]
     mark = READ_ONCE if size <= READ_ONCE_BYTES[row_groups] else 0
-    bounds, segments, starts = tile_segments(layout, batch, group, requests, row_groups, step_tokens, mark)
+    bounds, segments, starts = tile_segments(layout, batch, group, tile_requests, row_groups, step_tokens, mark)
     items, partials, merges, counters = _items(
-        pieces, bounds, segments, starts, tokens, request_order, requests, step_tokens
+        pieces, bounds, segments, starts, tokens, request_order, tile_requests, step_tokens
     )
     workers = int(pieces[-1, 3]) + 1
     return BalancedPlan(items, segments, request_order, row_groups, workers, partials, merges, counters, estimate)
@@ -193,7 +193,7 @@ def bytes_moved(tokens: int, batch: int, heads: tuple[int, int, int]) -> float:
 
 @njit
 def _deal(
-    layout: _Layout,
+    layout: Layout,
     batch: int,
     heads: tuple[int, int, int],
     size: float,
@@ -215,12 +215,12 @@ def _deal(
 
 
 @njit
-def _first_requests(request_order: Int32Array, requests: int) -> Int32Array:
+def _first_requests(request_order: Int32Array, tile_requests: int) -> Int32Array:
     """The first request of each tile whose requests follow one another, else -1."""
-    firsts = request_order[::requests].copy()
+    firsts = request_order[::tile_requests].copy()
     for position in range(len(request_order)):
-        tile = position // requests
-        if request_order[position] != request_order[tile * requests] + position - tile * requests:
+        tile = position // tile_requests
+        if request_order[position] != request_order[tile * tile_requests] + position - tile * tile_requests:
             firsts[tile] = -1
     return firsts
 
@@ -233,17 +233,17 @@ def _items(
     starts: Int32Array,
     tokens: Int64Array,
     request_order: Int32Array,
-    requests: int,
+    tile_requests: int,
     step_tokens: int,
 ) -> tuple[Int32Array, int, int, int]:
     """Items in the order that workers need, and the numbers of partial outputs, merges and counters."""
     num_tiles = len(tokens)
     workers = pieces[-1, 3] + 1
-    items = np.zeros((len(pieces), 16), np.int32)
+    items = np.zeros((len(pieces), len(ITEM_FIELDS)), np.int32)
     previous = np.full(workers, -1, np.int64)
     more = workers
     partials, merges, counters = 0, 0, 0
-    first_requests = _first_requests(request_order, requests)
+    first_requests = _first_requests(request_order, tile_requests)
     i = 0
     while i < len(pieces):
         unit = pieces[i, 0]
@@ -254,39 +254,56 @@ def _items(
         together = count >= MERGE_TOGETHER and workers == len(pieces)
         for piece in range(count):
             _, first_step, end_step, worker = pieces[i + piece]
-            first = first_step * step_tokens
             index = worker
             if previous[worker] >= 0:
                 index = more
                 more += 1
-                items[previous[worker], 4] = index
+                items[previous[worker], NEXT] = index
             previous[worker] = index
             item = items[index]
-            item[0] = tile * requests
-            item[1] = min(requests, len(request_order) - tile * requests)
-            item[2] = unit // num_tiles
-            item[3] = min(tokens[tile], end_step * step_tokens) - first
-            item[4] = -1
-            item[6] = piece
-            item[7] = count
+            item[FIRST_POSITION] = tile * tile_requests
+            item[NUM_REQUESTS] = min(tile_requests, len(request_order) - tile * tile_requests)
+            item[KV_HEAD] = unit // num_tiles
+            item[NEXT] = -1
+            item[PIECE] = piece
+            item[PIECES] = count
             if count > 1:
-                item[8] = partials
-                item[9] = counters
-                item[11] = together
-            item[10] = first_requests[tile]
-            if item[3] > 0:
-                segment = bounds[tile]
-                if first > 0:
-                    segment += np.searchsorted(starts[segment : bounds[tile + 1]], first, side="right") - 1
-                gone = first - starts[segment]  # of the segment, to the piece before
-                item[5] = segment + 1
-                item[12] = segments[segment, 0] + gone
-                item[13] = segments[segment, 1] - gone
-                item[14] = segments[segment, 2]
-                item[15] = segments[segment, 3]
+                item[FIRST_PARTIAL] = partials
+                item[COUNTER] = counters
+                item[TOGETHER] = together
+            item[FIRST_REQUEST] = first_requests[tile]
+            end = min(tokens[tile], end_step * step_tokens)
+            _set_tokens(item, first_step * step_tokens, end, bounds[tile], bounds[tile + 1], segments, starts)
         if count > 1:
             partials += count
             merges += 1
             counters += count if together else 1  # a word for each piece, or their number
         i += count
     return items, partials, merges, counters
+
+
+@njit(inline="always")
+def _set_tokens(
+    item: Int32Array,
+    first: int,
+    end: int,
+    segment: int,
+    segments_end: int,
+    segments: Int32Array,
+    starts: Int32Array,
+) -> None:
+    """Have an item attend to the tokens from `first` to `end` of its tile, whose first and end segment are given.
+
+    Inline: a call takes longer than what it does.
+    """
+    item[TOKENS] = end - first
+    if end <= first:
+        return
+    if first > 0:
+        segment += int(np.searchsorted(starts[segment:segments_end], first, side="right")) - 1
+    gone = first - starts[segment]  # of the segment, to the piece before
+    item[NEXT_SEGMENT] = segment + 1
+    item[KV_BEGIN] = segments[segment, 0] + gone
+    item[KV_LEN] = segments[segment, 1] - gone
+    item[ROW_BEGIN] = segments[segment, 2]
+    item[ROW_END] = segments[segment, 3]

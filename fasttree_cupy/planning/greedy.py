@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fasttree_cupy.compiled import njit
+from fasttree_cupy.planning.layout import check_row_numbers
 from fasttree_cupy.tree import KVTree
 
 __all__ = ["GreedyPlan", "plan"]
@@ -89,10 +90,7 @@ def plan(
     ValueError
         The plan needs offsets that do not fit in int32.
     """
-    if tree.unique_tokens > _INT32_MAX:
-        raise ValueError(
-            f"tree_info holds {tree.unique_tokens} tokens, but int32 row numbers reach {_INT32_MAX} at most"
-        )
+    check_row_numbers(tree)
     q_tiles, kv_tiles = np.array(TSQs, np.int64), np.array(TSKs, np.int64)
     splits = np.array([kv_split_sizes[0], kv_split_sizes[0]], np.int64)  # a phase
     thresholds = np.array([para_threshs1, para_threshs2], np.int64)

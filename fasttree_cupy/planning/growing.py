@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fasttree_cupy.alignment import TRANSACTION_BYTES
+from fasttree_cupy.alignment import next_start
 from fasttree_cupy.capacity import Capacity
 from fasttree_cupy.planning import growing_passes as passes
 from fasttree_cupy.planning.balanced import GROUP_ROWS, ITEM_FIELDS, STEP_TOKENS, plan_layout
@@ -34,8 +34,6 @@ __all__ = ["GrowingPlan", "Sizes"]
 
 Int32Array = npt.NDArray[np.int32]
 
-ALIGNMENT = TRANSACTION_BYTES // 4
-"""Elements at a multiple of which each array starts."""
 PLAN_US = 380.0
 """Host time of a new plan on an H200's host, in microseconds: that of the planner and the copy (bench/NOTES.md)."""
 CUT_US = 60.0
@@ -89,7 +87,7 @@ def sizes(capacity: Capacity, tile_requests: int, num_kv_heads: int, workers: in
     items = (planned + passes.FORKS) * num_kv_heads + 2 * workers
     counters = row_groups * workers
     lengths = (items * len(ITEM_FIELDS), capacity.requests + passes.FORKS, segments * 4)
-    ends = np.cumsum([-(-length // ALIGNMENT) * ALIGNMENT for length in lengths]).tolist()
+    ends = np.cumsum([next_start(length, 4) for length in lengths]).tolist()
     if ends[-1] > _INT32_MAX:
         raise ValueError(
             f"capacity is {capacity}: {planned} tiles of {tile_requests} requests with {capacity.tokens} tokens each "
@@ -140,8 +138,8 @@ class GrowingPlan:
         )
         self.made = self._planned(*tree.layout())
         self.row_groups = self.made.row_groups
-        requests = self.row_groups * GROUP_ROWS // group
-        self.sizes = sizes(tree.capacity, requests, num_kv_heads, workers, self.row_groups)
+        tile_requests = self.row_groups * GROUP_ROWS // group
+        self.sizes = sizes(tree.capacity, tile_requests, num_kv_heads, workers, self.row_groups)
         rates = machine.one_group if self.row_groups == 1 else machine.two_groups
         step_us = rates.step * head_dim / 128
         self.state = passes.make_state(
@@ -149,7 +147,7 @@ class GrowingPlan:
             tree.capacity.requests,
             self.sizes.tiles,
             workers,
-            (group, num_kv_heads, requests, STEP_TOKENS[self.row_groups]),
+            (group, num_kv_heads, tile_requests, STEP_TOKENS[self.row_groups]),
             (step_us, rates.item / step_us, rates.apart_step / rates.step, PLAN_US, CUT_US),
         )
         self.packed = self.state.packed

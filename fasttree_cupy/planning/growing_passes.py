@@ -8,9 +8,24 @@ import numpy as np
 import numpy.typing as npt
 
 from fasttree_cupy.compiled import njit
-from fasttree_cupy.planning.balanced import ITEM_FIELDS
+from fasttree_cupy.planning.balanced import (
+    FIRST_POSITION,
+    FIRST_REQUEST,
+    ITEM_FIELDS,
+    KV_BEGIN,
+    KV_HEAD,
+    KV_LEN,
+    NEXT,
+    NEXT_SEGMENT,
+    NUM_REQUESTS,
+    PIECE,
+    PIECES,
+    ROW_BEGIN,
+    ROW_END,
+    TOKENS,
+)
+from fasttree_cupy.planning.layout import WARP_ROWS
 from fasttree_cupy.planning.row_tiles import READ_ONCE, is_together
-from fasttree_cupy.planning.subtree import WARP_ROWS
 
 __all__ = [
     "FORKS",
@@ -45,13 +60,25 @@ RUNS_A_CHANGE = 32
 
 
 class PlanState(NamedTuple):
-    """Arrays of a plan.
+    """Arrays of a plan, whose columns are named below.
 
-    `edited` holds the number of the last change that edited an element of `packed`, `edits` the elements of this
-    change and in the end their values. Of each slot: tile, place in it, and of its last new segment, or -1, the index
-    and the row that would follow. Of each tile: first position in the order; of its segments the first, the end, how
-    far it may go; tokens gained. Of each unit, KV heads of a tile together: its first piece and their number. Of each
-    piece: item and worker. Of each worker: steps, last item. Numbers and costs: see below.
+    Attributes
+    ----------
+    packed : int32 (n,)
+        The plan: items, order of requests, segments.
+    edited : int32 (n,)
+        The number of the last change that edited each element of `packed`.
+    edits : int32 (MOST_EDITS, 2)
+        Elements of `packed` that the last change edited, and in the end their values.
+    numbers, costs : int64 (15,), float64 (10,)
+    slots, tiles : int32 (requests, 4), int32 (tiles, 5)
+    units : int32 (tiles * KV heads, 2)
+        Of each unit, KV heads of a tile together: its first piece and their number.
+    pieces : int32 (units + workers, 2)
+    loads : float64 (workers,)
+        Each worker's steps.
+    tails : int32 (workers,)
+        Each worker's last item.
     """
 
     packed: Int32Array
@@ -69,25 +96,50 @@ class PlanState(NamedTuple):
 
 _NUMBERS = range(15)
 (
-    _GROUP, _HEADS, _REQUESTS, _STEP_TOKENS, _ITEMS_AT, _ORDER_AT, _SEGMENTS_AT,
-    _CHANGE, _EDITS, _FULL, _USED_TILES, _USED_ITEMS, _USED_PIECES, _USED_POSITIONS, _USED_SEGMENTS,
-) = _NUMBERS  # fmt: skip
-"""Requests of a tile and other constants; the number of this change, its edits, and whether they are too many."""
-_BUSIEST, _GROWN, _LOST, _EVEN, _UNEVEN, _STEP_US, _ITEM_STEPS, _APART, _PLAN_US, _CUT_US = range(10)
-"""Steps of the busiest worker when planned; steps that have come since, wherever; microseconds lost since.
-
-Of the last cuts: steps by which the busiest worker had too many after them; microseconds lost since to more than these.
-What is lost to the former counts as lost since the plan was made.
-Steps are counted as of tokens that most rows see; one of tokens that few see counts `_APART`.
-"""
-_TILE, _PLACE, _SEGMENT, _NEXT_ROW = range(4)
-_FIRST, _BEGIN, _END, _LIMIT, _GAINED = range(5)
+    _GROUP,  # query heads a KV head
+    _HEADS,  # KV heads
+    _TILE_REQUESTS,
+    _STEP_TOKENS,
+    _ITEMS_AT,  # where the items begin in `packed`
+    _ORDER_AT,  # where the order of the requests does
+    _SEGMENTS_AT,  # where the segments do
+    _CHANGE,  # number of this change
+    _EDITS,  # elements that it has edited
+    _FULL,  # 1 where these are too many
+    _USED_TILES,
+    _USED_ITEMS,
+    _USED_PIECES,
+    _USED_POSITIONS,
+    _USED_SEGMENTS,
+) = _NUMBERS
+(
+    _BUSIEST,  # steps of the busiest worker when planned
+    _GROWN,  # steps that have come since, wherever
+    _LOST,  # microseconds lost since to `_EVEN` steps
+    _EVEN,  # steps by which the busiest worker had too many after the last cuts
+    _UNEVEN,  # microseconds lost since these to steps beyond `_EVEN`
+    _STEP_US,  # microseconds of a step
+    _ITEM_STEPS,  # steps that an item costs beside its tokens'
+    _APART,  # what a step of tokens costs that few rows see
+    _PLAN_US,  # microseconds of a new plan
+    _CUT_US,  # microseconds of new cuts
+) = range(10)
+"""Steps are counted as of tokens that most rows see."""
+(
+    _TILE,
+    _PLACE,  # in the tile
+    _SEGMENT,  # the slot's last new segment, or -1
+    _NEXT_ROW,  # row of K and V that would follow in it
+) = range(4)
+(
+    _FIRST,  # position in the order of the requests
+    _BEGIN,  # first of the tile's segments
+    _END,  # end of them
+    _LIMIT,  # how far they may go
+    _GAINED,  # tokens
+) = range(5)
 _ITEM, _WORKER = range(2)
 _FIELDS = len(ITEM_FIELDS)
-(
-    _FIRST_POSITION, _NUM_REQUESTS, _KV_HEAD, _TOKENS, _NEXT, _NEXT_SEGMENT, _PIECE, _PIECES,
-    _FIRST_PARTIAL, _COUNTER, _FIRST_REQUEST, _TOGETHER, _KV_BEGIN, _KV_LEN, _ROW_BEGIN, _ROW_END,
-) = range(_FIELDS)  # fmt: skip
 
 
 def make_state(
@@ -169,11 +221,11 @@ def spread(s: PlanState, items: Int32Array, segments: Int32Array, request_order:
     n = s.numbers
     for position in range(len(request_order)):
         slot = request_order[position]
-        s.slots[slot, _TILE], s.slots[slot, _PLACE] = position // n[_REQUESTS], position % n[_REQUESTS]
+        s.slots[slot, _TILE], s.slots[slot, _PLACE] = position // n[_TILE_REQUESTS], position % n[_TILE_REQUESTS]
         s.slots[slot, _SEGMENT], s.slots[slot, _NEXT_ROW] = -1, -1
         s.packed[n[_ORDER_AT] + position] = slot
     n[_USED_POSITIONS] = len(request_order)
-    n[_USED_TILES] = -(-len(request_order) // n[_REQUESTS])
+    n[_USED_TILES] = -(-len(request_order) // n[_TILE_REQUESTS])
     s.tiles[:, _GAINED] = 0
     _spread_items(s, items, workers)
     _spread_segments(s, segments)
@@ -190,8 +242,8 @@ def _spread_items(s: PlanState, items: Int32Array, workers: int) -> None:
     n = s.numbers
     moved = len(s.loads) - workers
     for item in range(len(items)):
-        unit = items[item, _FIRST_POSITION] // n[_REQUESTS] * n[_HEADS] + items[item, _KV_HEAD]
-        s.units[unit, 1] = items[item, _PIECES]
+        unit = items[item, FIRST_POSITION] // n[_TILE_REQUESTS] * n[_HEADS] + items[item, KV_HEAD]
+        s.units[unit, 1] = items[item, PIECES]
     n[_USED_PIECES] = 0
     for unit in range(n[_USED_TILES] * n[_HEADS]):
         s.units[unit, 0] = n[_USED_PIECES]
@@ -201,7 +253,7 @@ def _spread_items(s: PlanState, items: Int32Array, workers: int) -> None:
         if worker >= workers:
             at = _item_at(n, worker)
             s.packed[at : at + _FIELDS] = 0
-            s.packed[at + _NEXT] = -1
+            s.packed[at + NEXT] = -1
             continue
         index = worker
         while index >= 0:
@@ -209,13 +261,13 @@ def _spread_items(s: PlanState, items: Int32Array, workers: int) -> None:
             at = _item_at(n, to)
             for field in range(_FIELDS):
                 s.packed[at + field] = items[index, field]
-            unit = items[index, _FIRST_POSITION] // n[_REQUESTS] * n[_HEADS] + items[index, _KV_HEAD]
-            piece = s.units[unit, 0] + items[index, _PIECE]
+            unit = items[index, FIRST_POSITION] // n[_TILE_REQUESTS] * n[_HEADS] + items[index, KV_HEAD]
+            piece = s.units[unit, 0] + items[index, PIECE]
             s.pieces[piece, _ITEM], s.pieces[piece, _WORKER] = to, worker
             s.tails[worker] = to
-            index = items[index, _NEXT]
+            index = items[index, NEXT]
             if index >= 0:
-                s.packed[at + _NEXT] += moved
+                s.packed[at + NEXT] += moved
     n[_USED_ITEMS] = len(items) + moved
 
 
@@ -232,9 +284,9 @@ def _spread_segments(s: PlanState, segments: Int32Array) -> None:
         first_piece, num_pieces = s.units[index * n[_HEADS]]
         tokens = 0
         for piece in range(first_piece, first_piece + num_pieces):
-            tokens += s.packed[_item_at(n, s.pieces[piece, _ITEM]) + _TOKENS]
-        first = s.packed[_item_at(n, s.pieces[first_piece, _ITEM]) + _NEXT_SEGMENT] - 1
-        tile[_FIRST] = index * n[_REQUESTS]
+            tokens += s.packed[_item_at(n, s.pieces[piece, _ITEM]) + TOKENS]
+        first = s.packed[_item_at(n, s.pieces[first_piece, _ITEM]) + NEXT_SEGMENT] - 1
+        tile[_FIRST] = index * n[_TILE_REQUESTS]
         tile[_BEGIN] = tile[_END] = free
         while tokens > 0:
             segment, at = first + tile[_END] - free, n[_SEGMENTS_AT] + 4 * tile[_END]
@@ -246,10 +298,10 @@ def _spread_segments(s: PlanState, segments: Int32Array) -> None:
             for piece in range(s.units[unit, 0], s.units[unit, 0] + s.units[unit, 1]):
                 at = _item_at(n, s.pieces[piece, _ITEM])
                 if tile[_END] > free:
-                    s.packed[at + _NEXT_SEGMENT] += free - first
+                    s.packed[at + NEXT_SEGMENT] += free - first
                 else:
-                    s.packed[at + _NEXT_SEGMENT] = free
-        tile[_LIMIT] = tile[_END] + SLACK * min(n[_REQUESTS], n[_USED_POSITIONS] - tile[_FIRST])
+                    s.packed[at + NEXT_SEGMENT] = free
+        tile[_LIMIT] = tile[_END] + SLACK * min(n[_TILE_REQUESTS], n[_USED_POSITIONS] - tile[_FIRST])
         free = tile[_LIMIT]
     n[_USED_SEGMENTS] = free
 
@@ -258,7 +310,7 @@ def _spread_segments(s: PlanState, segments: Int32Array) -> None:
 def _tile_warps(s: PlanState, tile: int) -> int:
     """Warps that a tile's rows take."""
     n = s.numbers
-    rows = min(n[_REQUESTS], n[_USED_POSITIONS] - s.tiles[tile, _FIRST]) * n[_GROUP]
+    rows = min(n[_TILE_REQUESTS], n[_USED_POSITIONS] - s.tiles[tile, _FIRST]) * n[_GROUP]
     return int(-(-rows // WARP_ROWS))
 
 
@@ -292,7 +344,7 @@ def _weigh(s: PlanState) -> None:
         step_cost = _step_cost(s, tile)
         for unit in range(tile * n[_HEADS], (tile + 1) * n[_HEADS]):
             for piece in range(s.units[unit, 0], s.units[unit, 0] + s.units[unit, 1]):
-                count = s.packed[_item_at(n, s.pieces[piece, _ITEM]) + _TOKENS]
+                count = s.packed[_item_at(n, s.pieces[piece, _ITEM]) + TOKENS]
                 s.loads[s.pieces[piece, _WORKER]] += s.costs[_ITEM_STEPS] + step_cost * -(-count // n[_STEP_TOKENS])
 
 
@@ -362,7 +414,7 @@ def _lengthen(s: PlanState) -> None:
         s.costs[_GROWN] += gained * token_steps * n[_HEADS]
         for unit in range(tile * n[_HEADS], (tile + 1) * n[_HEADS]):
             piece = s.units[unit, 0] + s.units[unit, 1] - 1
-            at = _item_at(n, s.pieces[piece, _ITEM]) + _TOKENS
+            at = _item_at(n, s.pieces[piece, _ITEM]) + TOKENS
             _put(s.packed, s.edited, s.edits, n, at, s.packed[at] + gained)
             s.loads[s.pieces[piece, _WORKER]] += gained * token_steps
 
@@ -407,11 +459,11 @@ def _cut(s: PlanState, tile: int) -> None:
         begin, end, exact = 0, 0, 0.0  # of the piece, in the tile's tokens
         for i in range(count):
             worker, at = s.pieces[first + i, _WORKER], _item_at(n, s.pieces[first + i, _ITEM])
-            exact += s.packed[at + _TOKENS] + (mean - s.loads[worker]) / step_cost * step_tokens
+            exact += s.packed[at + TOKENS] + (mean - s.loads[worker]) / step_cost * step_tokens
             end = int(np.rint(exact / step_tokens)) * step_tokens
             most = (tokens // step_tokens - (count - 1 - i)) * step_tokens
             end = max(begin + step_tokens, min(end, most)) if i < count - 1 else tokens
-            s.loads[worker] += (end - begin - s.packed[at + _TOKENS]) * step_cost / step_tokens
+            s.loads[worker] += (end - begin - s.packed[at + TOKENS]) * step_cost / step_tokens
             last_cut = max(last_cut, _move_piece(s, tile, at, begin, end, ends))
             begin = end
     for slot in range(len(s.slots)):  # a segment can become longer only where no piece begins behind it or in it
@@ -438,12 +490,12 @@ def _move_piece(s: PlanState, tile: int, at: int, begin: int, end: int, ends: In
     place = np.searchsorted(ends, begin, side="right")
     segment = s.tiles[tile, _BEGIN] + place
     source, left = n[_SEGMENTS_AT] + 4 * segment, ends[place] - begin
-    _put(s.packed, s.edited, s.edits, n, at + _TOKENS, end - begin)
-    _put(s.packed, s.edited, s.edits, n, at + _NEXT_SEGMENT, segment + 1)
-    _put(s.packed, s.edited, s.edits, n, at + _KV_BEGIN, s.packed[source] + s.packed[source + 1] - left)
-    _put(s.packed, s.edited, s.edits, n, at + _KV_LEN, left)
-    _put(s.packed, s.edited, s.edits, n, at + _ROW_BEGIN, s.packed[source + 2])
-    _put(s.packed, s.edited, s.edits, n, at + _ROW_END, s.packed[source + 3])
+    _put(s.packed, s.edited, s.edits, n, at + TOKENS, end - begin)
+    _put(s.packed, s.edited, s.edits, n, at + NEXT_SEGMENT, segment + 1)
+    _put(s.packed, s.edited, s.edits, n, at + KV_BEGIN, s.packed[source] + s.packed[source + 1] - left)
+    _put(s.packed, s.edited, s.edits, n, at + KV_LEN, left)
+    _put(s.packed, s.edited, s.edits, n, at + ROW_BEGIN, s.packed[source + 2])
+    _put(s.packed, s.edited, s.edits, n, at + ROW_END, s.packed[source + 3])
     return int(segment)
 
 
@@ -512,27 +564,27 @@ def _add_item(s: PlanState, head: int, tokens: int, slot: int) -> None:
     at = _item_at(n, n[_USED_ITEMS])
     for field in range(_FIELDS):
         _put(s.packed, s.edited, s.edits, n, at + field, 0)
-    _put(s.packed, s.edited, s.edits, n, at + _FIRST_POSITION, tile[_FIRST])
-    _put(s.packed, s.edited, s.edits, n, at + _NUM_REQUESTS, 1)
-    _put(s.packed, s.edited, s.edits, n, at + _KV_HEAD, head)
-    _put(s.packed, s.edited, s.edits, n, at + _TOKENS, tokens)
-    _put(s.packed, s.edited, s.edits, n, at + _NEXT, -1)
-    _put(s.packed, s.edited, s.edits, n, at + _NEXT_SEGMENT, tile[_BEGIN])
-    _put(s.packed, s.edited, s.edits, n, at + _PIECES, 1)
-    _put(s.packed, s.edited, s.edits, n, at + _FIRST_REQUEST, slot)
+    _put(s.packed, s.edited, s.edits, n, at + FIRST_POSITION, tile[_FIRST])
+    _put(s.packed, s.edited, s.edits, n, at + NUM_REQUESTS, 1)
+    _put(s.packed, s.edited, s.edits, n, at + KV_HEAD, head)
+    _put(s.packed, s.edited, s.edits, n, at + TOKENS, tokens)
+    _put(s.packed, s.edited, s.edits, n, at + NEXT, -1)
+    _put(s.packed, s.edited, s.edits, n, at + NEXT_SEGMENT, tile[_BEGIN])
+    _put(s.packed, s.edited, s.edits, n, at + PIECES, 1)
+    _put(s.packed, s.edited, s.edits, n, at + FIRST_REQUEST, slot)
     if tokens > 0:
-        _put(s.packed, s.edited, s.edits, n, at + _NEXT_SEGMENT, tile[_BEGIN] + 1)
+        _put(s.packed, s.edited, s.edits, n, at + NEXT_SEGMENT, tile[_BEGIN] + 1)
         for field in range(4):
             _put(
                 s.packed,
                 s.edited,
                 s.edits,
                 n,
-                at + _KV_BEGIN + field,
+                at + KV_BEGIN + field,
                 s.packed[n[_SEGMENTS_AT] + 4 * tile[_BEGIN] + field],
             )
     worker = s.loads.argmin()
-    _put(s.packed, s.edited, s.edits, n, _item_at(n, s.tails[worker]) + _NEXT, n[_USED_ITEMS])
+    _put(s.packed, s.edited, s.edits, n, _item_at(n, s.tails[worker]) + NEXT, n[_USED_ITEMS])
     s.tails[worker] = n[_USED_ITEMS]
     s.loads[worker] += s.costs[_ITEM_STEPS] + tokens / n[_STEP_TOKENS]  # all of the tile's rows see them
     unit = n[_USED_TILES] * n[_HEADS] + head
@@ -552,7 +604,7 @@ def finish(s: PlanState, slots: Int32Array) -> bool:
         _put(s.packed, s.edited, s.edits, n, n[_ORDER_AT] + s.tiles[tile, _FIRST] + place, -1)
         for unit in range(tile * n[_HEADS], (tile + 1) * n[_HEADS]):
             for piece in range(s.units[unit, 0], s.units[unit, 0] + s.units[unit, 1]):
-                _put(s.packed, s.edited, s.edits, n, _item_at(n, s.pieces[piece, _ITEM]) + _FIRST_REQUEST, -1)
+                _put(s.packed, s.edited, s.edits, n, _item_at(n, s.pieces[piece, _ITEM]) + FIRST_REQUEST, -1)
     for slot in slots:  # and what nobody sees is not read: its rows may have been given back
         tile = s.slots[slot, _TILE]
         row = s.slots[slot, _PLACE] * n[_GROUP]
@@ -584,11 +636,11 @@ def _empty(s: PlanState, tile: int, segment: int, begin: int, end: int, token_st
         for piece in range(s.units[unit, 0], s.units[unit, 0] + s.units[unit, 1]):
             item, worker = s.pieces[piece]
             at = _item_at(n, item)
-            tokens = s.packed[at + _TOKENS]
+            tokens = s.packed[at + TOKENS]
             taken = max(0, min(end, first + tokens) - max(begin, first))
-            if s.packed[at + _NEXT_SEGMENT] - 1 == segment:
-                _put(s.packed, s.edited, s.edits, n, at + _KV_LEN, 0)
-            _put(s.packed, s.edited, s.edits, n, at + _TOKENS, tokens - taken)
+            if s.packed[at + NEXT_SEGMENT] - 1 == segment:
+                _put(s.packed, s.edited, s.edits, n, at + KV_LEN, 0)
+            _put(s.packed, s.edited, s.edits, n, at + TOKENS, tokens - taken)
             s.loads[worker] -= taken * token_steps
             s.costs[_GROWN] -= taken * token_steps
             first += tokens

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from fasttree_cupy.capacity import Capacity
 from fasttree_cupy.compiled import njit
-from fasttree_cupy.planning.subtree import _Layout
+from fasttree_cupy.planning.layout import Layout
 from fasttree_cupy.tree import KVTree
 
 __all__ = ["GrowingTree", "TreeNodes", "append_if_room"]
@@ -97,22 +97,38 @@ class GrowingTree:
         parent, seqlen, request_node, rows = _snapshot(self.nodes, self.live, self.tokens)
         return KVTree(parent, seqlen, request_node), rows
 
-    def layout(self) -> tuple[_Layout, Int32Array]:
+    def layout(self) -> tuple[Layout, Int32Array]:
         """What `balanced.plan_layout` takes: runs of rows, and the slots in depth-first order."""
-        order, *runs = _layout(self.nodes, self.live)
-        return _Layout(np.arange(len(runs[0]), dtype=np.int32), *runs), order
+        order, *runs = _runs(self.nodes, self.live)
+        return Layout(np.arange(len(runs[0]), dtype=np.int32), *runs), order
 
 
 # Compiled passes.
 
 
 class TreeNodes(NamedTuple):
-    """Arrays of the tree.
+    """Arrays of the tree: int32, `numbers` int64.
 
-    Of each node: its parent, or, where the node is free, the next free one; its tokens, -1 where it is free; how many
-    requests end at it, and how many nodes have it as their parent; its first and last run of tokens, or -1. Of each
-    run: its first row, its tokens, the node's next run or the next free one, or -1. Of each slot: its request's last
-    node, or -1. Numbers: see below.
+    Attributes
+    ----------
+    parent : (nodes,)
+        Parent of each node, or, where the node is free, the next free one; or -1.
+    tokens : (nodes,)
+        Tokens of each node, -1 where it is free.
+    ends : (nodes,)
+        Requests that end at each node.
+    children : (nodes,)
+        Nodes that have each node as their parent.
+    first_run, last_run : (nodes,)
+        First and last run of each node's tokens, or -1.
+    run_row, run_tokens : (runs,)
+        First row of each run, and its tokens.
+    run_next : (runs,)
+        The node's next run after each, or, where the run is free, the next free one; or -1.
+    slot_node : (slots,)
+        Last node of each slot's request, or -1.
+    numbers : (6,)
+        Named below.
     """
 
     parent: Int32Array
@@ -128,8 +144,14 @@ class TreeNodes(NamedTuple):
     numbers: Int64Array
 
 
-_FREE_NODE, _USED_NODES, _FREE_RUN, _USED_RUNS, _TOKENS, _ROOT = range(6)
-"""The first free node, how many places have ever been used, the same of runs, the tokens held, the root."""
+(
+    _FREE_NODE,  # the first one, or -1
+    _USED_NODES,  # places that have ever been used
+    _FREE_RUN,  # as of nodes
+    _USED_RUNS,
+    _TOKENS,  # that the tree holds
+    _ROOT,
+) = range(6)
 
 
 @njit(inline="always")
@@ -326,7 +348,7 @@ def _snapshot(
 
 
 @njit
-def _layout(nodes: TreeNodes, live: Int32Array) -> tuple[Int32Array, Int64Array, Int64Array, Int64Array, Int64Array]:
+def _runs(nodes: TreeNodes, live: Int32Array) -> tuple[Int32Array, Int64Array, Int64Array, Int64Array, Int64Array]:
     """Slots in depth-first order; of each run its tokens, its first row, and who has it, as positions in that order."""
     order = _depth_first(nodes)
     used = nodes.numbers[_USED_NODES]

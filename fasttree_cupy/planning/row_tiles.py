@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fasttree_cupy.compiled import njit
-from fasttree_cupy.planning.subtree import WARP_ROWS, _Layout
+from fasttree_cupy.planning.layout import WARP_ROWS, Layout
 
 __all__ = ["CHUNK_TOKENS", "READ_ONCE", "is_together", "tile_segments", "tile_tokens"]
 
@@ -29,15 +29,15 @@ READ_ONCE = 1 << 16
 
 
 @njit
-def tile_tokens(layout: _Layout, batch: int, group: int, requests: int) -> tuple[Int64Array, Int64Array]:
+def tile_tokens(layout: Layout, batch: int, group: int, tile_requests: int) -> tuple[Int64Array, Int64Array]:
     """Tokens that each tile attends to, and how many of them are seen together."""
-    num_tiles = -(-batch // requests)
+    num_tiles = -(-batch // tile_requests)
     tokens, together = np.zeros(num_tiles, np.int64), np.zeros(num_tiles, np.int64)
-    tile_of, warps = _tile_of(batch, requests), _tile_warps(batch, group, requests)
+    tile_of, warps = _tile_of(batch, tile_requests), _tile_warps(batch, group, tile_requests)
     for node in layout.breadth_first:
         if layout.seqlen[node] > 0 and layout.begins[node] < layout.ends[node]:
             for tile in range(tile_of[layout.begins[node]], tile_of[layout.ends[node] - 1] + 1):
-                begin, end = _rows(layout, node, tile, group, requests)
+                begin, end = _rows(layout, node, tile, group, tile_requests)
                 tokens[tile] += layout.seqlen[node]
                 if is_together(begin, end, warps[tile]):
                     together[tile] += layout.seqlen[node]
@@ -45,30 +45,30 @@ def tile_tokens(layout: _Layout, batch: int, group: int, requests: int) -> tuple
 
 
 @njit
-def _tile_of(batch: int, requests: int) -> Int32Array:
+def _tile_of(batch: int, tile_requests: int) -> Int32Array:
     """The tile of each position: to look it up takes a tenth of the time of a division."""
     tiles = np.empty(batch, np.int32)
     for position in range(batch):
-        tiles[position] = position // requests
+        tiles[position] = position // tile_requests
     return tiles
 
 
 @njit
-def _rows(layout: _Layout, node: int, tile: int, group: int, requests: int) -> tuple[int, int]:
+def _rows(layout: Layout, node: int, tile: int, group: int, tile_requests: int) -> tuple[int, int]:
     """The tile's rows that see a node."""
-    first = tile * requests
+    first = tile * tile_requests
     begin = max(layout.begins[node], first) - first
-    end = min(layout.ends[node], first + requests) - first
+    end = min(layout.ends[node], first + tile_requests) - first
     return begin * group, end * group
 
 
 @njit
-def _tile_warps(batch: int, group: int, requests: int) -> Int32Array:
-    """Warps that have rows of each tile: all but the last tile have `requests` requests."""
-    num_tiles = -(-batch // requests)
-    warps = np.full(num_tiles, -(-requests * group // WARP_ROWS), np.int32)
+def _tile_warps(batch: int, group: int, tile_requests: int) -> Int32Array:
+    """Warps that have rows of each tile: all but the last tile have `tile_requests` requests."""
+    num_tiles = -(-batch // tile_requests)
+    warps = np.full(num_tiles, -(-tile_requests * group // WARP_ROWS), np.int32)
     if num_tiles > 0:
-        warps[-1] = -(-(batch - (num_tiles - 1) * requests) * group // WARP_ROWS)
+        warps[-1] = -(-(batch - (num_tiles - 1) * tile_requests) * group // WARP_ROWS)
     return warps
 
 
@@ -80,16 +80,16 @@ def is_together(begin: int, end: int, warps: int) -> bool:
 
 @njit
 def tile_segments(
-    layout: _Layout, batch: int, group: int, requests: int, row_groups: int, step_tokens: int, mark: int
+    layout: Layout, batch: int, group: int, tile_requests: int, row_groups: int, step_tokens: int, mark: int
 ) -> tuple[Int64Array, Int32Array, Int32Array]:
     """Segments of each tile, ``segments[bounds[i] : bounds[i + 1]]``: columns as of `BalancedPlan.segments`.
 
     The third array holds the tile's tokens before each of them. `mark`, `READ_ONCE` or 0, is added to the end rows of
     what no other tile reads.
     """
-    num_tiles = -(-batch // requests)
+    num_tiles = -(-batch // tile_requests)
     queues = GROUP_WARPS * row_groups + 1  # of a tile: what is seen together, then what begins in each warp's rows
-    ends, runs, room = _queue(layout, num_tiles, batch, group, requests, queues, mark)
+    ends, runs, room = _queue(layout, num_tiles, batch, group, tile_requests, queues, mark)
     segments, starts = np.empty((max(1, room), 4), np.int32), np.empty(max(1, room), np.int32)
     segments[0] = 0  # where no tile has a token
     first, left = np.empty(queues, np.int64), np.empty(queues, np.int64)
@@ -107,14 +107,14 @@ def tile_segments(
 
 @njit
 def _queue(
-    layout: _Layout, num_tiles: int, batch: int, group: int, requests: int, queues: int, mark: int
+    layout: Layout, num_tiles: int, batch: int, group: int, tile_requests: int, queues: int, mark: int
 ) -> tuple[Int64Array, Int32Array, int]:
     """Runs of each tile's queues, ancestors first; queue i's end before ``ends[i]``, i = tile * queues + queue.
 
     The third is a bound of the segments.
     """
     ends = np.zeros(num_tiles * queues, np.int64)
-    tile_of, warps = _tile_of(batch, requests), _tile_warps(batch, group, requests)
+    tile_of, warps = _tile_of(batch, tile_requests), _tile_warps(batch, group, tile_requests)
     runs = np.empty((0, 4), np.int32)
     room = 0
     for fill in range(2):
@@ -130,7 +130,7 @@ def _queue(
             first_tile, last_tile = tile_of[layout.begins[node]], tile_of[layout.ends[node] - 1]
             read_once = mark if first_tile == last_tile else 0
             for tile in range(first_tile, last_tile + 1):
-                begin, end = _rows(layout, node, tile, group, requests)
+                begin, end = _rows(layout, node, tile, group, tile_requests)
                 queue = tile * queues
                 if not is_together(begin, end, warps[tile]):
                     queue += 1 + begin // WARP_ROWS

@@ -15,24 +15,26 @@ import numpy as np
 import numpy.typing as npt
 
 from fasttree_cupy.compiled import njit
+from fasttree_cupy.planning.layout import WARP_ROWS, Layout, check_row_numbers, depth_first, lay_out
 from fasttree_cupy.planning.machine import Machine
 from fasttree_cupy.tree import KVTree
 
-__all__ = ["ITEM_FIELDS", "SubtreePlan", "TileShape", "depth_first", "lay_out", "plan", "tile_shapes"]
+__all__ = ["ITEM_FIELDS", "SubtreePlan", "TileShape", "most_warps", "plan", "tile_shapes"]
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 
-WARP_ROWS = 16
-STEP_TOKENS = 16
-"""A warp's step: 16 query rows against 16 tokens, as in cuda_src/tree_decode.cu."""
+WARP_STEP_TOKENS = 16
+"""Tokens of a warp's step, which takes `WARP_ROWS` query rows against them, as in cuda_src/tree_decode.cu."""
 
 ITEM_FIELDS = ("first_position", "num_requests", "partial", "row_warps") + 3 * ("shared",) + 5 * ("own",)
 """Columns of `SubtreePlan.items`: struct Item of cuda_src/include/plan.cuh."""
 
-_INT32_MAX = 2**31 - 1
 _LONGEST = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 1 << 30)
 """Candidate limits of an item's length, in steps of a warp."""
+
+_Layout = Layout
+"""What Numba's caches on disk from before `layout` was a file of its own ask for: see compiled.py."""
 
 
 class SubtreePlan(NamedTuple):
@@ -92,7 +94,7 @@ def plan(
     tree : KVTree
         The tree.
     group : int
-        Query heads a KV head, at most 64.
+        Query heads a KV head, at most 64, at head_dim 256 at most 32.
     num_kv_heads, head_dim : int
         Head layout; K and V elements take two bytes.
     machine : Machine
@@ -114,33 +116,17 @@ def plan(
         raise ValueError(
             f"group is {group}, expected at most {WARP_ROWS * most_warps(head_dim)} at head_dim {head_dim}"
         )
-    if tree.unique_tokens > _INT32_MAX:
-        raise ValueError(
-            f"tree_info holds {tree.unique_tokens} tokens, but int32 row numbers reach {_INT32_MAX} at most"
-        )
+    check_row_numbers(tree)
     request_order, begins, ends = depth_first(tree)
     layout = lay_out(tree, begins, ends, kv_indices)
     chosen, longest, estimate = _choose(
         layout, tree.batch_size, tree.unique_tokens, group, num_kv_heads, head_dim,
         np.array(shapes, np.int64), np.array(_LONGEST if limits is None else limits, np.int64),
-        np.array(machine, np.float64),
+        Machine(*map(float, machine)),  # floats alone, or Numba compiles again
     )  # fmt: skip
     shape = shapes[chosen]
     items, segments, merge = _build(layout, request_order, group, longest, *shape)
     return SubtreePlan(items, segments, request_order, *merge, shape.block_warps, shape.row_warps, longest, estimate)
-
-
-def depth_first(tree: KVTree) -> tuple[Int32Array, Int64Array, Int64Array]:
-    """Requests in depth-first order, (B,), and each node's as positions ``[begins, ends)`` in it, (N,) each."""
-    request_order = np.empty(tree.batch_size, np.int32)
-    begins, ends = _positions(tree.parent, tree.breadth_first, tree.request_node, request_order)
-    return request_order, begins, ends
-
-
-def lay_out(tree: KVTree, begins: Int64Array, ends: Int64Array, kv_indices: Int32Array | None) -> _Layout:
-    """Runs of consecutive rows of K and V, and the requests that attend to each: a run a node, or more from a pool."""
-    layout = _Layout(tree.breadth_first, tree.seqlen, tree.kv_ptrs, begins, ends)
-    return layout if kv_indices is None else _pool_runs(layout, kv_indices)
 
 
 class TileShape(NamedTuple):
@@ -171,99 +157,38 @@ def tile_shapes(group: int, head_dim: int) -> list[TileShape]:
 # Compiled passes.
 
 
-class _Layout(NamedTuple):
-    """The tree's arrays of these names, and each node's requests as positions ``[begins, ends)``: (N,) each.
-
-    Of a tree whose tokens lie in a pool, each run of consecutive rows counts as a node.
-    """
-
-    breadth_first: Int32Array
-    seqlen: Int64Array
-    kv_ptrs: Int64Array
-    begins: Int64Array
-    ends: Int64Array
-
-
 @njit
-def _pool_runs(layout: _Layout, kv_indices: Int32Array) -> _Layout:
-    """The layout of the runs of consecutive rows that the nodes' tokens have in a pool, in the nodes' order."""
-    runs = 0
-    for fill in range(2):
-        if fill == 1:
-            order = np.arange(runs).astype(np.int32)
-            seqlen, kv_ptrs = np.zeros(runs, np.int64), np.empty(runs, np.int64)
-            begins, ends = np.empty(runs, np.int64), np.empty(runs, np.int64)
-            runs = 0
-        for node in layout.breadth_first:
-            first = layout.kv_ptrs[node]
-            for token in range(first, first + layout.seqlen[node]):
-                if token == first or kv_indices[token] != kv_indices[token - 1] + 1:
-                    if fill == 1:
-                        kv_ptrs[runs] = kv_indices[token]
-                        begins[runs] = layout.begins[node]
-                        ends[runs] = layout.ends[node]
-                    runs += 1
-                if fill == 1:
-                    seqlen[runs - 1] += 1
-    return _Layout(order, seqlen, kv_ptrs, begins, ends)
-
-
-@njit
-def _positions(
-    parent: Int32Array, order: Int32Array, request_node: Int32Array, request_order: Int32Array
-) -> tuple[Int64Array, Int64Array]:
-    """Depth-first positions of each node's requests, ``[begins, ends)``; fills `request_order`."""
-    n = len(parent)
-    own = np.zeros(n, np.int64)
-    for node in request_node:
-        own[node] += 1
-    total = own.copy()
-    for i in range(n - 1, 0, -1):
-        total[parent[order[i]]] += total[order[i]]
-    begins = np.zeros(n, np.int64)
-    cursor = np.zeros(n, np.int64)
-    cursor[order[0]] = own[order[0]]
-    for i in range(1, n):
-        node = order[i]
-        begins[node] = cursor[parent[node]]
-        cursor[parent[node]] += total[node]
-        cursor[node] = begins[node] + own[node]
-    slot = begins.copy()
-    for r in range(len(request_node)):
-        node = request_node[r]
-        request_order[slot[node]] = r
-        slot[node] += 1
-    return begins, begins + total
-
-
-@njit
-def _list_of(layout: _Layout, node: int, tile: int, group: int, row_warps: int, requests: int) -> tuple[int, int, int]:
+def _list_of(
+    layout: Layout, node: int, tile: int, group: int, row_warps: int, tile_requests: int
+) -> tuple[int, int, int]:
     """Which of a tile's lists a node's tokens go to, and the rows of the tile that see them.
 
     List 0 is for what the row warps share, list 1 + w for what row warp w has to itself.
     """
-    first = tile * requests
+    first = tile * tile_requests
     row_begin = (max(layout.begins[node], first) - first) * group
-    row_end = (min(layout.ends[node], first + requests) - first) * group
+    row_end = (min(layout.ends[node], first + tile_requests) - first) * group
     warp = row_begin // WARP_ROWS
     own = row_warps == 1 or warp == (row_end - 1) // WARP_ROWS
     return (1 + warp if own else 0), row_begin, row_end
 
 
 @njit
-def _measure(layout: _Layout, batch: int, group: int, row_warps: int, requests: int) -> tuple[Int64Array, Int64Array]:
+def _measure(
+    layout: Layout, batch: int, group: int, row_warps: int, tile_requests: int
+) -> tuple[Int64Array, Int64Array]:
     """Steps that a warp of each tile takes in one token group, and over all: own and shared warp steps, tokens read."""
-    num_tiles = -(-batch // requests)
+    num_tiles = -(-batch // tile_requests)
     lists = row_warps + 1
     count = np.zeros(num_tiles * lists, np.int64)  # of tiles of tokens
     work = np.zeros(3, np.int64)
     for node in layout.breadth_first:
         if layout.seqlen[node] == 0 or layout.begins[node] == layout.ends[node]:
             continue
-        own_count = -(-layout.seqlen[node] // STEP_TOKENS)
-        shared_count = -(-layout.seqlen[node] // (STEP_TOKENS * row_warps))
-        for tile in range(layout.begins[node] // requests, (layout.ends[node] - 1) // requests + 1):
-            which, _, _ = _list_of(layout, node, tile, group, row_warps, requests)
+        own_count = -(-layout.seqlen[node] // WARP_STEP_TOKENS)
+        shared_count = -(-layout.seqlen[node] // (WARP_STEP_TOKENS * row_warps))
+        for tile in range(layout.begins[node] // tile_requests, (layout.ends[node] - 1) // tile_requests + 1):
+            which, _, _ = _list_of(layout, node, tile, group, row_warps, tile_requests)
             count[tile * lists + which] += shared_count if which == 0 else own_count
             work[2] += layout.seqlen[node]
     steps = np.empty(num_tiles, np.int64)
@@ -280,7 +205,7 @@ def _measure(layout: _Layout, batch: int, group: int, row_warps: int, requests: 
 
 
 @njit
-def _runs(steps: Int64Array, groups: int, batch: int, requests: int) -> Int64Array:
+def _runs(steps: Int64Array, groups: int, batch: int, tile_requests: int) -> Int64Array:
     """Runs of tiles alike: steps shared by the token groups, number of tiles, requests in them."""
     runs = np.empty((len(steps), 3), np.int64)
     last = -1
@@ -290,13 +215,13 @@ def _runs(steps: Int64Array, groups: int, batch: int, requests: int) -> Int64Arr
             last += 1
             runs[last] = (part, 0, 0)
         runs[last, 1] += 1
-        runs[last, 2] += min(requests, batch - tile * requests)
+        runs[last, 2] += min(tile_requests, batch - tile * tile_requests)
     return runs[: last + 1]
 
 
 @njit
 def _choose(
-    layout: _Layout,
+    layout: Layout,
     batch: int,
     unique_tokens: int,
     group: int,
@@ -304,21 +229,20 @@ def _choose(
     head_dim: int,
     shapes: Int64Array,
     limits: Int64Array,
-    machine: npt.NDArray[np.float64],
+    machine: Machine,
 ) -> tuple[int, int, float]:
     """The shape and the limit of an item's length with the lowest estimate, and that, in microseconds."""
-    hbm, l2 = machine[1], machine[2]
     token_bytes = 4.0 * head_dim * num_kv_heads
     row_bytes = 2.0 * head_dim * num_kv_heads * group
-    memory = (unique_tokens * token_bytes + 2.0 * batch * row_bytes) / hbm
+    memory = (unique_tokens * token_bytes + 2.0 * batch * row_bytes) / machine.hbm
     best = (0, 0, np.inf)
     steps, work = _measure(layout, batch, group, shapes[0, 1], shapes[0, 2])
     for index in range(len(shapes)):
-        block_warps, row_warps, requests = shapes[index]
-        if index > 0 and (row_warps != shapes[index - 1, 1] or requests != shapes[index - 1, 2]):
-            steps, work = _measure(layout, batch, group, row_warps, requests)
-        runs = _runs(steps, block_warps // row_warps, batch, requests)
-        cache = work[2] * token_bytes / l2
+        block_warps, row_warps, tile_requests = shapes[index]
+        if index > 0 and (row_warps != shapes[index - 1, 1] or tile_requests != shapes[index - 1, 2]):
+            steps, work = _measure(layout, batch, group, row_warps, tile_requests)
+        runs = _runs(steps, block_warps // row_warps, batch, tile_requests)
+        cache = work[2] * token_bytes / machine.l2
         for limit in limits:
             cost = _cost(runs, work, limit, block_warps, memory, cache, row_bytes, num_kv_heads, head_dim, machine)
             if cost < best[2]:
@@ -337,10 +261,9 @@ def _cost(
     row_bytes: float,
     num_kv_heads: int,
     head_dim: int,
-    machine: npt.NDArray[np.float64],
+    machine: Machine,
 ) -> float:
     """Estimated microseconds of a run; `memory` and `cache` are those of the two alone."""
-    multiprocessors, _, l2, own_step, shared_step, warp_start, step_latency, start, merge = machine
     scale = head_dim / 128.0
     items, longest, partials = 0, 0, 0
     for steps, tiles, requests in runs:
@@ -350,49 +273,49 @@ def _cost(
         if pieces > 1:
             partials += requests * pieces
     blocks = items * num_kv_heads
-    busy_steps = (work[0] * own_step + work[1] * shared_step) * scale
-    busy = num_kv_heads * (busy_steps + items * block_warps * warp_start) / multiprocessors
+    busy_steps = (work[0] * machine.own_step + work[1] * machine.shared_step) * scale
+    busy = num_kv_heads * (busy_steps + items * block_warps * machine.warp_start) / machine.multiprocessors
     # Resources overlap, but not wholly where two are near their limits.
     throughput = (memory**4 + cache**4 + busy**4) ** 0.25
     # Blocks that do not fill the multiprocessors evenly leave some idle.
-    waves = blocks / multiprocessors
+    waves = blocks / machine.multiprocessors
     if waves < 4.0:
         throughput *= np.ceil(waves) / waves
-    if blocks <= multiprocessors * 12.0 / block_warps:
-        cost = start + max(throughput, longest * step_latency * scale)
+    if blocks <= machine.multiprocessors * 12.0 / block_warps:
+        cost = machine.start + max(throughput, longest * machine.step_latency * scale)
     else:
         # The last blocks to start run on while the others are done: half a block's time in a full house.
-        cost = start + throughput + 0.5 * longest * 12.0 * own_step * scale
+        cost = machine.start + throughput + 0.5 * longest * 12.0 * machine.own_step * scale
     if partials > 0:
-        cost += merge + 4.0 * partials * row_bytes / l2
+        cost += machine.merge + 4.0 * partials * row_bytes / machine.l2
     return float(cost)
 
 
 @njit
 def _build(
-    layout: _Layout,
+    layout: Layout,
     request_order: Int32Array,
     group: int,
     longest: int,
     block_warps: int,
     row_warps: int,
-    requests: int,
+    tile_requests: int,
 ) -> tuple[Int32Array, Int32Array, tuple[Int32Array, Int32Array, Int32Array, Int32Array]]:
     """Items, the longest first, their segments, and the lists of the merge."""
     batch = len(request_order)
-    steps, _ = _measure(layout, batch, group, row_warps, requests)
+    steps, _ = _measure(layout, batch, group, row_warps, tile_requests)
     groups = block_warps // row_warps
     pieces = np.maximum(1, -(-steps // (groups * longest)))
-    bounds, segments = _tiles(layout, batch, group, row_warps, requests)
-    items, cut_segments, lengths = _cut(bounds, segments, pieces, batch, block_warps, row_warps, requests)
+    bounds, segments = _tiles(layout, batch, group, row_warps, tile_requests)
+    items, cut_segments, lengths = _cut(bounds, segments, pieces, batch, block_warps, row_warps, tile_requests)
     order = np.argsort(-lengths, kind="mergesort")
-    return items[order], cut_segments, _merge_lists(request_order, pieces, requests)
+    return items[order], cut_segments, _merge_lists(request_order, pieces, tile_requests)
 
 
 @njit
-def _tiles(layout: _Layout, batch: int, group: int, row_warps: int, requests: int) -> tuple[Int64Array, Int32Array]:
+def _tiles(layout: Layout, batch: int, group: int, row_warps: int, tile_requests: int) -> tuple[Int64Array, Int32Array]:
     """Segments of each tile: ``segments[bounds[i] : bounds[i + 1]]`` with ``i = tile * (row_warps + 1) + which``."""
-    num_tiles = -(-batch // requests)
+    num_tiles = -(-batch // tile_requests)
     lists = row_warps + 1
     bounds = np.zeros(num_tiles * lists + 1, np.int64)
     for fill in range(2):
@@ -404,8 +327,8 @@ def _tiles(layout: _Layout, batch: int, group: int, row_warps: int, requests: in
         for node in layout.breadth_first:
             if layout.seqlen[node] == 0 or layout.begins[node] == layout.ends[node]:
                 continue
-            for tile in range(layout.begins[node] // requests, (layout.ends[node] - 1) // requests + 1):
-                which, row_begin, row_end = _list_of(layout, node, tile, group, row_warps, requests)
+            for tile in range(layout.begins[node] // tile_requests, (layout.ends[node] - 1) // tile_requests + 1):
+                which, row_begin, row_end = _list_of(layout, node, tile, group, row_warps, tile_requests)
                 index = tile * lists + which
                 if fill == 0:
                     bounds[index + 1] += 1
@@ -427,7 +350,7 @@ def _cut(
     batch: int,
     block_warps: int,
     row_warps: int,
-    requests: int,
+    tile_requests: int,
 ) -> tuple[Int32Array, Int32Array, Int64Array]:
     """Items, their segments, and their lengths: each list of a tile is cut evenly, over pieces and token groups."""
     lists = row_warps + 1
@@ -442,9 +365,9 @@ def _cut(
     at = 0
     partial = 0
     for t in range(len(pieces)):
-        num_requests = min(requests, batch - t * requests)
+        num_requests = min(tile_requests, batch - t * tile_requests)
         for piece in range(pieces[t]):
-            items[item, 0] = t * requests
+            items[item, 0] = t * tile_requests
             items[item, 1] = num_requests
             items[item, 2] = partial if pieces[t] > 1 else -1
             items[item, 3] = row_warps
@@ -455,7 +378,7 @@ def _cut(
             for g in range(groups if row_warps > 1 else 0):
                 items[item, 4 + g] = at
                 at, length = _part(
-                    bounds, segments, t * lists, STEP_TOKENS * row_warps, piece * groups + g, parts, out, at
+                    bounds, segments, t * lists, WARP_STEP_TOKENS * row_warps, piece * groups + g, parts, out, at
                 )
                 shared = max(shared, length * row_warps)
             items[item, 4 + (groups if row_warps > 1 else 0) : 7] = at
@@ -464,7 +387,7 @@ def _cut(
                 items[item, 7 + w] = at
                 which = t * lists + 1 + w % row_warps
                 at, length = _part(
-                    bounds, segments, which, STEP_TOKENS, piece * groups + w // row_warps, parts, out, at
+                    bounds, segments, which, WARP_STEP_TOKENS, piece * groups + w // row_warps, parts, out, at
                 )
                 own = max(own, length)
             items[item, 7 + groups * row_warps :] = at
@@ -498,7 +421,7 @@ def _part(
 
 @njit
 def _merge_lists(
-    request_order: Int32Array, pieces: Int64Array, requests: int
+    request_order: Int32Array, pieces: Int64Array, tile_requests: int
 ) -> tuple[Int32Array, Int32Array, Int32Array, Int32Array]:
     """Which requests have partial outputs, and where these lie."""
     batch = len(request_order)
@@ -506,7 +429,7 @@ def _merge_lists(
     total = 0
     for t in range(len(pieces)):
         if pieces[t] > 1:
-            num_requests = min(requests, batch - t * requests)
+            num_requests = min(tile_requests, batch - t * tile_requests)
             count += num_requests
             total += num_requests * pieces[t]
     merge_requests = np.empty(count, np.int32)
@@ -519,9 +442,9 @@ def _merge_lists(
     for t in range(len(pieces)):
         if pieces[t] == 1:
             continue
-        num_requests = min(requests, batch - t * requests)
+        num_requests = min(tile_requests, batch - t * tile_requests)
         for j in range(num_requests):
-            merge_requests[i] = request_order[t * requests + j]
+            merge_requests[i] = request_order[t * tile_requests + j]
             offs[i] = at
             lens[i] = pieces[t]
             for piece in range(pieces[t]):

@@ -11,9 +11,10 @@ import numpy.typing as npt
 from fasttree_cupy.planning import balanced, subtree
 from fasttree_cupy.planning.balanced import GROUP_ROWS, STEP_TOKENS, BalancedPlan
 from fasttree_cupy.planning.dealing import estimate_us
+from fasttree_cupy.planning.layout import depth_first, lay_out
 from fasttree_cupy.planning.machine import Machine, WorkerMachine
 from fasttree_cupy.planning.row_tiles import tile_tokens
-from fasttree_cupy.planning.subtree import SubtreePlan, TileShape, depth_first, lay_out
+from fasttree_cupy.planning.subtree import SubtreePlan, TileShape
 from fasttree_cupy.tree import KVTree
 
 __all__ = ["HEAD_DIM", "ItemSample", "Problem", "WorkerSample", "item_samples", "worker_samples"]
@@ -94,8 +95,8 @@ def worker_samples(problem: Problem, multiprocessors: int, machine: WorkerMachin
     free = machine._replace(merge=0.0, merge_piece=0.0, merge_together=0.0, merge_together_piece=0.0)
     known = set()
     for row_groups, step_tokens in STEP_TOKENS.items():
-        requests = row_groups * GROUP_ROWS // group
-        tokens, together = tile_tokens(layout, tree.batch_size, group, requests)
+        tile_requests = row_groups * GROUP_ROWS // group
+        tokens, together = tile_tokens(layout, tree.batch_size, group, tile_requests)
         shares = together / np.maximum(tokens, 1)
         for workers in sorted({max(1, int(share * multiprocessors)) for share in _SHARES}):
             for cuts in (machine, free):
@@ -103,14 +104,14 @@ def worker_samples(problem: Problem, multiprocessors: int, machine: WorkerMachin
                 key = plan.items.tobytes()
                 if key not in known:
                     known.add(key)
-                    yield WorkerSample(plan, loads_of(plan, shares, requests, step_tokens), size)
+                    yield WorkerSample(plan, loads_of(plan, shares, tile_requests, step_tokens), size)
 
 
-def loads_of(plan: BalancedPlan, shares: Float64Array, requests: int, step_tokens: int) -> Float64Array:
+def loads_of(plan: BalancedPlan, shares: Float64Array, tile_requests: int, step_tokens: int) -> Float64Array:
     """See `WorkerSample.loads`; `shares` of each tile's tokens are seen together."""
     columns = {name: plan.items[:, i] for i, name in enumerate(balanced.ITEM_FIELDS)}
     steps = -(-columns["tokens"] // step_tokens)
-    seen = shares[columns["first_position"] // requests]
+    seen = shares[columns["first_position"] // tile_requests]
     # A worker begins with the item of its number, and each item names its next.
     worker = np.full(len(plan.items), -1)
     worker[: plan.workers] = np.arange(plan.workers)
