@@ -1,9 +1,8 @@
 // A GPU for kernels under test: every thread is a fiber. Warps go on in any order that a seed decides, lanes of a warp too;
-// what is asynchronous is done some time before it is waited for. All blocks of a launch are on the GPU at once.
+// what is asynchronous is done some time before it is waited for. Up to kResident blocks of a launch are there at once.
 #pragma once
 #include <csetjmp>
 #include <cstdint>
-#include <cstdio>
 #include <cstring>
 #include <deque>
 #include <functional>
