@@ -15,7 +15,7 @@ from fasttree_cupy.execution.growing import GrowingSchedule
 from fasttree_cupy.execution.plan_memory import PlanMemory
 from fasttree_cupy.execution.schedule import BalancedSchedule, Schedule
 from fasttree_cupy.execution.turns import Turns
-from fasttree_cupy.integers import host_array, int_vector
+from fasttree_cupy.integers import INT32_MAX, host_array, int_vector
 from fasttree_cupy.planning.append_call import REFUSED, TO_PLAN, AppendCall
 from fasttree_cupy.planning.growing import GrowingPlan
 from fasttree_cupy.planning.growing_tree import GrowingTree
@@ -28,7 +28,7 @@ Int32Array = npt.NDArray[np.int32]
 MakeSchedule = Callable[[KVTree, Int32Array, Int32Array], Schedule]
 Placed = Callable[[], PlanMemory]
 
-MOST_ROWS = 2**31 - 1
+MOST_ROWS = INT32_MAX
 """Rows of a pool that int32 row numbers tell apart."""
 
 
@@ -218,7 +218,7 @@ class Growth:
     def _change_tree(self, change: Callable[[], bool], placed: Placed) -> None:
         """Change the tree; the next run makes what runs it."""
         with self._turns.lock:
-            placed()  # that is, it must be
+            placed()  # raises where it is not yet
             change()
             self._made = None
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fasttree_cupy.compiled import njit
-from fasttree_cupy.integers import flat_int64
+from fasttree_cupy.integers import INT32_MAX, flat_int64
 
 __all__ = [
     "ARRAYS",
@@ -35,7 +35,6 @@ Int64Array = npt.NDArray[np.int64]
 
 NODE_FIELDS = ("parent", "id", "seqlen", "num_children")
 """Of a node, in the order of a line of a tree file."""
-_INT32_MAX = 2**31 - 1
 
 
 class Where(NamedTuple):
@@ -108,7 +107,7 @@ def check_structure(parent: Int64Array, seqlen: Int64Array, where: Where) -> tup
         what = f"is {value}, expected -1 (the root) or a node id from 0 to {len(parent) - 1}"
         raise ValueError(f"{where.field('parent', node)} {what}")
     if code == _BAD_SEQLEN:
-        raise ValueError(f"{where.field('seqlen', node)} is {value}, expected 0 to {_INT32_MAX} tokens")
+        raise ValueError(f"{where.field('seqlen', node)} is {value}, expected 0 to {INT32_MAX} tokens")
     if code == _NO_ROOT:
         raise ValueError(f"{where.whole}: no node has parent -1, expected one root")
     if code == _TWO_ROOTS:
@@ -156,12 +155,7 @@ def path_ends(nodes: Sequence[Any], parent: Int64Array, order: Int32Array) -> In
 
 def check_requests(request_node: Int64Array, num_children: Int32Array, where: Where) -> None:
     """Check that requests end at nodes there are, and at every leaf."""
-    wrong = np.flatnonzero((request_node < 0) | (request_node >= len(num_children)))
-    if wrong.size:
-        r = int(wrong[0])
-        raise ValueError(
-            f"request_node[{r}] is {request_node[r]}, expected a node id from 0 to {len(num_children) - 1}"
-        )
+    check_ids("request_node", request_node, 0, len(num_children), "a node id")
     ended = np.zeros(len(num_children), np.bool_)
     ended[request_node] = True
     without = np.flatnonzero((num_children == 0) & ~ended)
@@ -197,7 +191,7 @@ def _scan_structure(
         p = parent[i]
         if p < -1 or p >= n:
             return _BAD_PARENT, i, p
-        if seqlen[i] < 0 or seqlen[i] > _INT32_MAX:
+        if seqlen[i] < 0 or seqlen[i] > INT32_MAX:
             return _BAD_SEQLEN, i, seqlen[i]
         if p >= 0:
             num_children[p] += 1

@@ -22,11 +22,11 @@ from fasttree_cupy.execution.schedule import BalancedSchedule, HeuristicSchedule
 from fasttree_cupy.planning import balanced, greedy, subtree
 from fasttree_cupy.planning.layout import depth_first, lay_out
 from fasttree_cupy.planning.machine import H200, H200_WORKERS
-from tests.emulation.emulated import Edits, EmulatedStream, build_ahead, compiler_problem, emulated_gpu
+from tests.emulation.emulated import Edits, EmulatedStream, build_ahead, emulated_gpu, needs_compiler
 from tests.reference import dense_attention
 from tests.tolerances import assert_close
 
-pytestmark = pytest.mark.skipif(compiler_problem() is not None, reason=str(compiler_problem()))
+pytestmark = needs_compiler
 
 WORKER_TREES, OTHER_TREES = 20, 4
 """Random trees for each kernel: the barriers of workers are many, other kernels have next to none."""

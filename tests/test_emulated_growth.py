@@ -13,13 +13,13 @@ from fasttree_cupy.execution import plan_kernels
 from fasttree_cupy.execution.arrays import view
 from fasttree_cupy.execution.operands import Operands
 from fasttree_cupy.planning import growing
-from tests.emulation.emulated import EmulatedStream, compiler_problem, emulated_gpu
+from tests.emulation.emulated import EmulatedStream, emulated_gpu, needs_compiler
 from tests.growing_walk import KINDS
 from tests.reference import dense_attention
 from tests.test_growing import Growing
 from tests.tolerances import assert_close
 
-pytestmark = pytest.mark.skipif(compiler_problem() is not None, reason=str(compiler_problem()))
+pytestmark = needs_compiler
 
 HEADS, KV_HEADS, HEAD_DIM, WORKERS = 8, 2, 128, 6
 UNTOUCHED = 7.0

@@ -138,10 +138,6 @@ class _Lists(NamedTuple):
     lens: Int32Array
 
 
-_Rows = Rows
-"""What Numba's caches on disk from before `cpu_rows` was a file of its own ask for: see compiled.py."""
-
-
 class _Inputs(NamedTuple):
     q: Rows
     k: Rows

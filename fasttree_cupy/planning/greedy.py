@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fasttree_cupy.compiled import njit
+from fasttree_cupy.integers import INT32_MAX
 from fasttree_cupy.planning.layout import check_row_numbers
 from fasttree_cupy.tree import KVTree
 
@@ -24,7 +25,6 @@ Int64Array = npt.NDArray[np.int64]
 Float64Array = npt.NDArray[np.float64]
 _ThreeArrays = tuple[Int32Array, Int32Array, Int32Array]
 
-_INT32_MAX = 2**31 - 1
 _MAX_ROUNDS = 3
 
 
@@ -105,9 +105,9 @@ def plan(
         q_tiles, kv_tiles, splits, nodes, assigned, parallelism,
     )  # fmt: skip
     for name, size in (("vnode_to_kv_entries", num_kv), ("vnode_to_q_entries", num_q)):
-        if size > _INT32_MAX:
+        if size > INT32_MAX:
             raise ValueError(
-                f"tree_info: {name} would hold {size} entries, but int32 offsets reach {_INT32_MAX} at most"
+                f"tree_info: {name} would hold {size} entries, but int32 offsets reach {INT32_MAX} at most"
             )
     num_vnodes = num_phase0 + num_phase1
     kv_arrays = _int32_arrays(num_kv, num_vnodes, num_vnodes)

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from fasttree_cupy.alignment import next_start
 from fasttree_cupy.capacity import Capacity
+from fasttree_cupy.integers import INT32_MAX
 from fasttree_cupy.planning import growing_passes as passes
 from fasttree_cupy.planning.balanced import GROUP_ROWS, ITEM_FIELDS, STEP_TOKENS, plan_layout
 from fasttree_cupy.planning.growing_tree import GrowingTree
@@ -38,7 +39,6 @@ PLAN_US = 380.0
 """Host time of a new plan on an H200's host, in microseconds: that of the planner and the copy (bench/NOTES.md)."""
 CUT_US = 60.0
 """Host time of moving the cuts between pieces, in microseconds: on an H200's host 50 to 65 (bench/NOTES.md)."""
-_INT32_MAX = 2**31 - 1
 
 
 class Sizes(NamedTuple):
@@ -88,10 +88,10 @@ def sizes(capacity: Capacity, tile_requests: int, num_kv_heads: int, workers: in
     counters = row_groups * workers
     lengths = (items * len(ITEM_FIELDS), capacity.requests + passes.FORKS, segments * 4)
     ends = np.cumsum([next_start(length, 4) for length in lengths]).tolist()
-    if ends[-1] > _INT32_MAX:
+    if ends[-1] > INT32_MAX:
         raise ValueError(
             f"capacity is {capacity}: {planned} tiles of {tile_requests} requests with {capacity.tokens} tokens each "
-            f"take {ends[-1]} elements, expected at most {_INT32_MAX}"
+            f"take {ends[-1]} elements, expected at most {INT32_MAX}"
         )
     return Sizes(0, ends[0], ends[1], ends[2], planned + passes.FORKS, items, segments, 2 * workers, counters)
 

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fasttree_cupy.compiled import njit
+from fasttree_cupy.integers import INT32_MAX
 from fasttree_cupy.tree import KVTree
 
 __all__ = ["WARP_ROWS", "Layout", "check_row_numbers", "depth_first", "lay_out"]
@@ -17,8 +18,6 @@ Int64Array = npt.NDArray[np.int64]
 
 WARP_ROWS = 16
 """Query rows that a warp attends at a time, as in the CUDA kernels."""
-
-_INT32_MAX = 2**31 - 1
 
 
 class Layout(NamedTuple):
@@ -36,9 +35,9 @@ class Layout(NamedTuple):
 
 def check_row_numbers(tree: KVTree) -> None:
     """Raise ValueError where a tree has more tokens than int32 numbers rows."""
-    if tree.unique_tokens > _INT32_MAX:
+    if tree.unique_tokens > INT32_MAX:
         raise ValueError(
-            f"tree_info holds {tree.unique_tokens} tokens, but int32 row numbers reach {_INT32_MAX} at most"
+            f"tree_info holds {tree.unique_tokens} tokens, but int32 row numbers reach {INT32_MAX} at most"
         )
 
 

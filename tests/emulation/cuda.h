@@ -4,32 +4,20 @@
 
 #include "machine.h"
 
-#define __device__
-#define __global__
-#define __forceinline__ inline
-#define __grid_constant__
-#define __launch_bounds__(...)
-#define __align__(bytes) alignas(bytes)
-
 #define threadIdx (gpu::lane().thread)
 #define blockIdx (gpu::block().index)
-#define blockDim (gpu::machine.block)
 #define gridDim (gpu::machine.grid)
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
 inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
-inline long long min(long long a, long long b) { return a < b ? a : b; }
-inline long long max(long long a, long long b) { return a > b ? a : b; }
 
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __ffsll(long long bits) { return __builtin_ffsll(bits); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline float __uint_as_float(unsigned bits) { return __builtin_bit_cast(float, bits); }
 inline unsigned __float_as_uint(float value) { return __builtin_bit_cast(unsigned, value); }
-inline float __int_as_float(int bits) { return __builtin_bit_cast(float, bits); }
-inline int __float_as_int(float value) { return __builtin_bit_cast(int, value); }
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
     const unsigned long long bytes = (unsigned long long)(high) << 32 | low;
     unsigned result = 0;
@@ -75,10 +63,6 @@ template <typename T>
 T __shfl_up_sync(unsigned, T value, int distance) {
     return exchange("shfl.up", value, distance, [](int lane, int by) { return lane < by ? lane : lane - by; });
 }
-template <typename T>
-T __shfl_down_sync(unsigned, T value, int distance) {
-    return exchange("shfl.down", value, distance, [](int lane, int by) { return lane + by > 31 ? lane : lane + by; });
-}
 template <typename T, typename Combine>
 T reduce(const char* instruction, T value, const Combine& combine) {
     Exchange<T> own{value, 0, value};
@@ -121,4 +105,4 @@ inline void sync_named(int id, int threads) {
     const int phase = barrier.over;
     gpu::wait_until([&barrier, phase] { return barrier.over != phase; }, "named barrier " + std::to_string(id));
 }
-inline void __syncthreads() { sync_named(0, int(blockDim.x)); }
+inline void __syncthreads() { sync_named(0, gpu::machine.threads); }

@@ -20,7 +20,7 @@ import pytest
 from fasttree_cupy.execution import cuda, kernels, launch, merge_kernel, plan_kernels, stages, tensor_map
 from tests.emulation.translate import ENTRY, translate
 
-__all__ = ["Edits", "EmulatedKernel", "EmulatedStream", "build_ahead", "compiler_problem", "emulated_gpu"]
+__all__ = ["Edits", "EmulatedKernel", "EmulatedStream", "build_ahead", "emulated_gpu", "needs_compiler"]
 
 OLDEST_COMPILER = 12
 """g++ that has _Float16."""
@@ -35,7 +35,6 @@ MULTIPROCESSORS = 4
 Edits = tuple[tuple[str, str], ...]
 """Changes of a kernel's text, to see that what they break is found: what stands there once, and what instead."""
 
-
 _builders = ThreadPoolExecutor(os.cpu_count())
 _builds: dict[tuple[kernels.KernelConfig, Edits], Future[ctypes.CDLL]] = {}
 
@@ -48,6 +47,11 @@ def compiler_problem() -> str | None:
     if int(version.split(".")[0]) < OLDEST_COMPILER:
         return f"g++ is {version.strip()}, emulated kernels need {OLDEST_COMPILER}"
     return None
+
+
+_problem = compiler_problem()
+needs_compiler = pytest.mark.skipif(_problem is not None, reason=str(_problem))
+"""Of tests that build emulated kernels."""
 
 
 class EmulatedKernel:

@@ -89,7 +89,8 @@ struct Machine {
     Lane* current = nullptr;
     jmp_buf scheduler;
     std::string fault;
-    Dim grid, block;
+    Dim grid;
+    int threads;  // of a block
 
     int below(int limit) { return int(random() % uint64_t(limit)); }
 };
@@ -263,7 +264,7 @@ inline void run_all(std::vector<Lane>& lanes, std::vector<Warp>& warps) {
 
 // Runs blocks `first` up to `end` of a grid, all at once.
 inline void run_blocks(unsigned first, unsigned end, size_t shared_bytes) {
-    const unsigned threads = machine.block.x, blocks = end - first;
+    const unsigned threads = unsigned(machine.threads), blocks = end - first;
     machine.jobs.clear();
     std::vector<Block> grid(blocks);
     std::vector<Warp> warps(blocks * threads / kLanes);
@@ -305,7 +306,7 @@ inline std::string launch(Kernel entry, const void* params, Dim grid, unsigned t
     machine.random.seed(seed);
     machine.fault.clear();
     machine.grid = grid;
-    machine.block = {threads, 1, 1};
+    machine.threads = int(threads);
     const unsigned blocks = grid.x * grid.y * grid.z;
     for (unsigned first = 0; first < blocks && machine.fault.empty(); first += kResident) {
         run_blocks(first, blocks < first + kResident ? blocks : first + kResident, shared_bytes);

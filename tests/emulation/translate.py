@@ -21,8 +21,8 @@ extern "C" const char* {entry}(const void* parameters, unsigned x, unsigned y, u
 }}
 """
 HERE = Path(__file__).parent
-STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
-OPERAND = re.compile(r'\s*"([=+]?)(\w)"\s*\(')
+STRING = re.compile(r'\s*"((?:[^"\\]|\\.)*)"')
+OPERAND = re.compile(r'\s*"([=+]?)\w"\s*\(')
 INSTRUCTION = re.compile(r"(?:^|[;{}]|\\n)\s*([a-z][\w.:]+)([^;]*)")
 HELPERS = ("setp", "selp", "reg")
 """What surrounds an instruction with a predicate, and is part of the function for it."""
@@ -93,19 +93,15 @@ def _closing(text: str, at: int) -> int:
 def _call(statement: str) -> str:
     """The call for what stands between the parentheses of an ``asm`` statement."""
     template, at = "", 0
-    while found := re.compile(r'\s*"((?:[^"\\]|\\.)*)"').match(statement, at):
+    while found := STRING.match(statement, at):
         template, at = template + found[1], found.end()
-    results, values = [], []
-    for kind, letter, expression in _operands(statement, at):
-        if kind:
-            results.append((letter, expression))
-        else:
-            values.append(expression)
+    operands = list(_operands(statement, at))
+    arguments = [expression for is_result, expression in operands if is_result]
+    values = [expression for is_result, expression in operands if not is_result]
     mnemonic, rest = next(
         (found[1], found[2]) for found in INSTRUCTION.finditer(template) if not found[1].startswith(HELPERS)
     )
     function = re.sub(r"[.:]+", "_", mnemonic)
-    arguments = [expression for _, expression in results]
     if function.startswith("wgmma") and arguments:
         pointers = ", ".join(f"&({argument})" for argument in arguments)
         arguments = [f"ptx::Accumulators<{len(arguments)}>{{{pointers}}}"]
@@ -116,13 +112,13 @@ def _call(statement: str) -> str:
     return f"ptx::{function}({', '.join(arguments + values)})"
 
 
-def _operands(statement: str, at: int) -> Iterator[tuple[str, str, str]]:
-    """Each operand: how it is written, the letter of its type, its expression. Clobbers have no expression."""
+def _operands(statement: str, at: int) -> Iterator[tuple[bool, str]]:
+    """Each operand: whether it is written, and its expression. Clobbers have none."""
     while at < len(statement):
         found = OPERAND.match(statement, at)
         if found is None:
             at += 1
             continue
         end = _closing(statement, found.end())
-        yield found[1], found[2], statement[found.end() : end]
+        yield found[1] != "", statement[found.end() : end]
         at = end + 1
