@@ -25,7 +25,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) tree_decode_sm90(const
         GatherRings::init(s);
         barrier_init(s.k_empty, kConsumerWarps / kTokenGroups * kWarpArrivals);
         barrier_init(s.v_empty, kConsumerWarps / kTokenGroups * kWarpArrivals);
-        barrier_init(s.q_full, kQueryWarps * kWarpSize);
+        barrier_init(s.q_full, kQueryArrivals);
         barrier_init(s.q_empty, kConsumerWarps * kWarpArrivals);
         barrier_init(s.given, kConsumerWarps / 2 * kWarpArrivals);
         fence_shared_async();  // the bulk copy engine, too, is to find them set up

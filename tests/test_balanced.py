@@ -178,7 +178,7 @@ def test_tokens_that_all_warps_with_rows_see_come_first() -> None:
     # Ten rows lie in one warp of a tile, which sees every token: to deal these out warp by warp would keep three idle.
     tree = ft.KVTree.from_levels([1, 10], [400, 40])
     made = balanced.plan(tree, 1, 1, 128, 1, ROW_GROUPS[1])
-    assert made.segments[:, 1].tolist() == [400] + [40] * 10
+    assert made.segments[:, 1].tolist() == [400] + [32] * 10 + [8] * 10
     _, begins, ends = depth_first(tree)
     tokens, together = tile_tokens(lay_out(tree, begins, ends, None), 10, 1, 64)
     assert tokens.tolist() == together.tolist() == [800]
@@ -187,6 +187,28 @@ def test_tokens_that_all_warps_with_rows_see_come_first() -> None:
     first_leaves = made.segments[made.segments[:, 3] % READ_ONCE - made.segments[:, 2] == 1][:4]
     assert first_leaves[:, 1].tolist() == [16] * 4
     assert (first_leaves[:, 2] // 16).tolist() == [0, 1, 2, 3]
+
+
+def test_whole_chunks_of_every_node_come_before_what_is_left() -> None:
+    # A chunk that lies in one node comes as a box, and no other node's rows see it.
+    made = balanced.plan(ft.KVTree.from_levels([1, 3], [8, 100]), 4, 1, 128, 1, ROW_GROUPS[1])
+    assert made.segments[:, 1].tolist() == [96] * 3 + [8] + [4] * 3
+    assert made.segments[:, 0].tolist() == [8, 108, 208, 0, 104, 204, 304]
+
+
+def test_tiles_have_fewer_requests_where_they_need_not_be_cut_then() -> None:
+    tree = ft.KVTree.from_levels([1, 2, 64], [8, 256, 32])
+    made = balanced.plan(tree, 1, 32, 128, 132, H200_WORKERS)
+    assert (made.workers, made.partials) == (128, 0)
+    assert (made.items[:, 1] == 16).all()
+    order, begins, ends = depth_first(tree)
+    layout = lay_out(tree, begins, ends, None)
+    filled = balanced.plan_layout(layout, order, 1, 32, 128, 132, H200_WORKERS, row_groups=1)
+    assert (filled.items[:, 1] == 64).all()
+    assert filled.partials == 128
+    # With one tile for each worker there is nothing to gain.
+    made = balanced.plan(ft.KVTree.from_levels([1, 256], [256, 32]), 4, 8, 128, 128, H200_WORKERS)
+    assert (made.items[:, 1] == 16).all()
 
 
 def test_what_is_too_large_is_refused() -> None:

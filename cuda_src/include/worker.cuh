@@ -51,6 +51,10 @@ constexpr int kQueryBytes = kRows * kHeadDim * 2;
 // Items whose queries are there at a time. Where all producer warps gather a tile together, one is enough: the next item's
 // come after its first tile, which leaves more room for tiles.
 constexpr int kQuerySlots = kTilesAtATime == 1 ? 1 : 2;
+// There the consumers, who have nothing else to do yet, copy those of a worker's first item.
+constexpr bool kConsumersCopyFirst = kQuerySlots == 1;
+constexpr int kQueryArrivals = (kConsumersCopyFirst ? kConsumerWarps : kQueryWarps) * kWarpSize;
+static_assert(kQueryArrivals % (kQueryWarps * kWarpSize) == 0, "each producer arrives for as many consumers");
 
 static_assert(kThreads == FT_THREADS, "host and device agree on a block's threads");
 static_assert(kRows / kChunkRows <= 8, "a bit of a byte for each 16 rows, see TileView");

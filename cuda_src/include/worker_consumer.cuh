@@ -1,6 +1,7 @@
 // The consumer warpgroups of a worker: products and softmax, tile after tile, item after item.
 #pragma once
 #include "worker_output.cuh"
+#include "worker_queries.cuh"
 
 // A byte for each chunk of a tile, in it a bit for each 16 of the block's rows.
 template <int kBytes>
@@ -39,8 +40,21 @@ struct Consumer : Output {
 #endif
     }
 
+    // Waits until the barriers are set up, and copies the first item's queries where that falls to consumers.
+    __device__ __forceinline__ void begin() const {
+        if constexpr (kConsumersCopyFirst) {
+            const WorkItem item = p.items[blockIdx.x];  // on its way meanwhile
+            named_sync(kEveryone, kThreads);
+            if (uniform(item.tokens) == 0) return;
+            copy_queries<kRows / kConsumerWarps>(p, s, item, 0, uniform(threadIdx.x / kWarpSize));
+            arrive_after_copies(shared_address(&s.q_full[0]));
+        } else {
+            named_sync(kEveryone, kThreads);
+        }
+    }
+
     __device__ __forceinline__ void run() {
-        named_sync(kEveryone, kThreads);  // the barriers are set up
+        begin();
         int end = 0;    // of the item's tiles
         int turn = 0;   // of the items that have tokens
         int count = 0;  // of items

@@ -5,7 +5,10 @@
 
 constexpr int kSliceOutputs = 8;  // of a thread's accumulators, when workers merge together
 constexpr int kSlices = kOutputs / kSliceOutputs;
-constexpr int kPiecesAtATime = 8;  // whose parts of a slice are fetched together
+// Whether a lane writes 16 bytes at a time, not 4. With one row group, half of whose warps write, that took longer
+// (bench/NOTES.md); of float8 values a lane has other columns.
+constexpr bool kWritesVectors = kRowGroups == 2 && !kFloat8;
+constexpr int kPiecesAtATime = 4;  // whose parts of a slice are fetched together
 constexpr u32 kAllSlices = (1u << kSlices) - 1;
 // In a piece's word, see merge_together: the launch's number, and whether the piece's worker has given up merging.
 constexpr int kGivenUp = 1 << 30, kLaunchMask = kGivenUp - 1;
@@ -244,6 +247,12 @@ struct Output {
     // columns further, and so on. Of float8 values a thread has four columns side by side of each 16, see RawChunk.
     template <int kCount>
     __device__ __forceinline__ void write_columns(const QueryRow& row, const float* o, int column) const {
+        if constexpr (kWritesVectors && kCount % 16 == 0) {
+            if (p.o_aligned) {
+                write_vectors<kCount>(row, o, column);
+                return;
+            }
+        }
         if (!row.valid) return;
         u16* to = p.o + row.request * p.o_stride_request + row.head * p.o_stride_head + column;
         to += threadIdx.x % 4 * (kFloat8 ? 4 : 2);
@@ -258,6 +267,33 @@ struct Output {
                 to[column_of(j) + 1] = u16(pair >> 16);
             }
         }
+    }
+    // The same, 16 bytes a lane: four lanes, which share a row, hand pairs round, so that each has eight columns side by side.
+    template <int kCount>
+    __device__ __forceinline__ void write_vectors(const QueryRow& row, const float* o, int column) const {
+        const int lane = threadIdx.x % 4;
+        u16* to = p.o + row.request * p.o_stride_request + row.head * p.o_stride_head + column + lane * 8;
+#pragma unroll
+        for (int j = 0; j < kCount; j += 16) {
+            u32 pairs[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) pairs[i] = pair_of(o, j + 4 * i);
+            hand_round<1>(pairs[0], pairs[1], lane);
+            hand_round<1>(pairs[2], pairs[3], lane);
+            hand_round<2>(pairs[0], pairs[2], lane);
+            hand_round<2>(pairs[1], pairs[3], lane);
+            if (row.valid) *reinterpret_cast<Vector*>(to + 2 * j) = Vector{pairs[0], pairs[1], pairs[2], pairs[3]};
+        }
+    }
+    struct alignas(16) Vector {
+        u32 x, y, z, w;
+    };
+    // Lanes without the bit give their second word for the first of those with it.
+    template <int kBit>
+    static __device__ __forceinline__ void hand_round(u32& first, u32& second, int lane) {
+        const bool upper = lane & kBit;
+        const u32 other = __shfl_xor_sync(0xffffffffu, upper ? first : second, kBit);
+        (upper ? first : second) = other;
     }
     static __device__ __forceinline__ int column_of(int j) { return kFloat8 ? j / 8 * 16 + j / 4 % 2 * 2 : 2 * j; }
     static __device__ __forceinline__ u32 pair_of(const float* o, int j) {

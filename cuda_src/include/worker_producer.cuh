@@ -1,7 +1,6 @@
 // The producer warps of a worker: which rows of K and V an item's tiles take, and their copies to shared memory.
 #pragma once
-#include "kv_tile.cuh"
-#include "worker.cuh"
+#include "worker_queries.cuh"
 
 // An item's runs of tokens in order. A warp holds 32 segments, one a lane; at first but the one that came with the item.
 // The next 32 are on their way, though not to registers: a loop that carries what is being loaded waits for it.
@@ -18,8 +17,10 @@ struct SegmentStream {
         prefetch_following();
     }
     __device__ __forceinline__ const Segment* following() const { return p.segments + min(next, p.num_segments - 1); }
+    // By one lane for each 128 bytes: prefetches are served lane by lane.
     __device__ __forceinline__ void prefetch_following() const {
-        if (next < p.num_segments) prefetch(following());
+        const int lane = threadIdx.x % kWarpSize;
+        if (next < p.num_segments && (lane % 8 == 0 || lane == kWarpSize - 1)) prefetch(following());
     }
 
     // Goes on to the segments whose tokens are numbered from `begin` on.
@@ -138,45 +139,40 @@ struct Producer {
         // Turns count the items that have tokens: only there do consumers wait for producers, and a barrier's parity does
         // not tell a phase from the one after the next.
         int turn = 0;
+        bool is_first = true;  // of the worker's items
+#pragma unroll 1  // nor is the first turn to have code of its own
         for (int first = 0;;) {  // of the item's tiles
             if (item.tokens > 0) {
                 if (kQuerySlots > 1) load_queries(item, turn);
-                load_tiles(item, first, turn);
+                load_tiles(item, first, turn, is_first);
                 first += ceil_div(item.tokens, kTileTokens);
                 ++turn;
             }
             if (item.next < 0) return;
             item = p.items[item.next];
+            is_first = false;
         }
     }
 
-    // Starts the copies of this warp's share of an item's queries, a row's place a lane. Of rows past the last nobody looks
-    // at what is computed: any queries do.
+    // Starts the copies of this warp's share of an item's queries, once their place is free.
     __device__ __forceinline__ void load_queries(const WorkItem& item, int turn) const {
-        using Place = PanelPlace<kRows, kRowVectors>;
-        const int first_row = (warp - (kProducerWarps - kQueryWarps)) * kQueryRowsOfWarp;
-        if (first_row < 0) return;
-        const QueryRow own(p, item, first_row + lane % kQueryRowsOfWarp);
-        const Place to(first_row, lane);
-        const int slot = turn % kQuerySlots;
-        const u32 tile = shared_address(s.q[slot]);
-        const i64 row = own.valid ? own.request * p.q_stride_request + own.head * p.q_stride_head : 0;
+        const int share = warp - (kProducerWarps - kQueryWarps), slot = turn % kQuerySlots;
+        if (share < 0) return;
         barrier_wait(s.q_empty[slot], turn / kQuerySlots % 2 ^ 1);
+        copy_queries<kQueryRowsOfWarp>(p, s, item, slot, share);
 #pragma unroll
-        for (int pass = 0; pass < kQueryRowsOfWarp / Place::kRowsPerPass; ++pass) {
-            const i64 from = __shfl_sync(0xffffffffu, row, pass * Place::kRowsPerPass + lane / kRowVectors);
-            copy_async_16(tile + to.offset(pass), p.q + from + lane % kRowVectors * 8);
+        for (int i = 0; i < kQueryArrivals; i += kQueryWarps * kWarpSize) {
+            arrive_after_copies(shared_address(&s.q_full[slot]));
         }
-        arrive_after_copies(shared_address(&s.q_full[slot]));
     }
 
     // first: the number of the item's first tile.
-    __device__ __forceinline__ void load_tiles(const WorkItem& item, int first, int turn) {
+    __device__ __forceinline__ void load_tiles(const WorkItem& item, int first, int turn, bool is_first) {
         choose_head(item.kv_head);
         SegmentStream segments(p, item, lane);
-        // Where there is one place for queries, the first item's come first, later ones' after a tile: until then the place
-        // is taken.
-        const int queries_at = kQuerySlots > 1 ? -1 : turn == 0 ? 0 : kTileTokens;
+        // Where there is one place for queries, consumers copy those of the worker's first item. Later ones' come after a tile,
+        // if the place was taken until then.
+        const int queries_at = kQuerySlots > 1 || is_first ? -1 : turn == 0 ? 0 : kTileTokens;
 #pragma unroll 1
         for (int begin = (tile - first) * kTileTokens;; begin += kTilesAtATime * kTileTokens) {
             if (begin == queries_at) load_queries(item, turn);
@@ -185,11 +181,13 @@ struct Producer {
         }
     }
     __device__ __forceinline__ void load_tile(SegmentStream& segments, const WorkItem& item, int begin) {
-        const Places places = find(segments, begin, item.tokens);
+        const int part_begin = begin + part * kWarpTokens;
+        const bool in_first = part_begin + kWarpTokens <= min(item.first.kv_len, item.tokens);
+        const Places places = in_first ? places_in(item.first, part_begin) : find(segments, begin, item.tokens);
         const Slot keys = rings.key_slot(), values = rings.value_slot();
         barrier_wait(keys.empty, keys.parity);
-        write_view(places, item.num_requests * p.group);
         copy(places, keys, p.k_map, item.kv_head, k, k_stride);
+        write_view(places, item.num_requests * p.group);
         __syncwarp();  // the tile's view is written
         arrive(places, keys.full);
         barrier_arrive_warp(rings.view_full());
@@ -204,6 +202,21 @@ struct Producer {
         const int column = lane % kCopyVectors * (16 / int(sizeof(KVBits)));
         k = i64(p.k + kv_head * p.k_stride_head + column);
         v = i64(p.v + kv_head * p.v_stride_head + column);
+    }
+
+    // A part that lies in the item's first segment, which came with it, from its token `begin` on: nothing is to be waited for.
+    __device__ __forceinline__ Places places_in(const Segment& first, int begin) const {
+        Places places;
+        places.count = kWarpTokens;
+        places.boxes = kAllChunks;
+        const int visible = first.row_begin | (first.row_end - first.row_begin) << 8;
+        places.read_again = visible & kReadOnce << 8 ? 0 : 0xffffffffu;
+#pragma unroll
+        for (int i = 0; i < kLaneTokens; ++i) {
+            places.row[i] = first.kv_begin + begin + i * kWarpSize + lane;
+            places.visible[i] = visible;
+        }
+        return places;
     }
 
     // Finds this warp's part of the tile that begins with the item's token `first`. Tokens past the last, nobody sees.

@@ -49,6 +49,12 @@ delivers 2 to 4% less so (measured on an H200, whose cache has 63 MB: bench/NOTE
 """
 MOST_ROW_GROUPS = 2
 """Warpgroups among which a tile's rows may be split."""
+_HALVING_US, _HALVING_SHARE = 0.8, 0.04
+"""What tiles of half the requests cost beyond the model, in microseconds and of its estimate.
+
+More tiles read what their requests share. Set by 49 cases that an H200 ran with tiles of every size: seven of them are
+halved, for 3 to 19%, and none that would be slower (bench/NOTES.md).
+"""
 
 ITEM_FIELDS = (
     "first_position", "num_requests", "kv_head", "tokens", "next", "next_segment", "piece", "pieces",
@@ -165,13 +171,15 @@ def plan_layout(
     heads = (group, num_kv_heads, head_dim)
     size = bytes_moved(layout.seqlen.sum(), batch, heads)
     candidates = []
-    least, most = (-(-group // GROUP_ROWS), MOST_ROW_GROUPS) if row_groups is None else (row_groups, row_groups)
-    for row_groups in range(least, most + 1):
-        rates = machine.one_group if row_groups == 1 else machine.two_groups
-        dealt = _deal(layout, batch, heads, size, row_groups, STEP_TOKENS[row_groups], multiprocessors, rates, machine)
-        candidates.append((*dealt, row_groups))
-    estimate, tokens, pieces, row_groups = min(candidates, key=lambda candidate: candidate[0])
-    tile_requests, step_tokens = row_groups * GROUP_ROWS // group, STEP_TOKENS[row_groups]
+    for groups, tile_requests, halvings in _tile_sizes(batch, group, num_kv_heads, multiprocessors, row_groups):
+        rates = machine.one_group if groups == 1 else machine.two_groups
+        estimate, tokens, pieces = _deal(
+            layout, batch, heads, size, tile_requests, STEP_TOKENS[groups], multiprocessors, rates, machine
+        )
+        estimate += halvings * (_HALVING_US + _HALVING_SHARE * estimate)
+        candidates.append((estimate, tokens, pieces, groups, tile_requests))
+    estimate, tokens, pieces, row_groups, tile_requests = min(candidates, key=lambda candidate: candidate[0])
+    step_tokens = STEP_TOKENS[row_groups]
     mark = READ_ONCE if size <= READ_ONCE_BYTES[row_groups] else 0
     bounds, segments, starts = tile_segments(layout, batch, group, tile_requests, row_groups, step_tokens, mark)
     items, partials, merges, counters = _items(
@@ -179,6 +187,26 @@ def plan_layout(
     )
     workers = int(pieces[-1, 3]) + 1
     return BalancedPlan(items, segments, request_order, row_groups, workers, partials, merges, counters, estimate)
+
+
+def _tile_sizes(
+    batch: int, group: int, num_kv_heads: int, multiprocessors: int, row_groups: int | None
+) -> list[tuple[int, int, int]]:
+    """Row groups and requests of tiles that are worth a thought, and how often these were halved.
+
+    Where whole tiles are fewer than the multiprocessors, those of one row group may leave rows empty: with half of the
+    requests each attends to fewer tokens, and more tiles need not be cut. Tiles of given row groups fill their rows.
+    """
+    if row_groups is not None:
+        return [(row_groups, row_groups * GROUP_ROWS // group, 0)]
+    sizes = [(2, MOST_ROW_GROUPS * GROUP_ROWS // group, 0)]
+    requests, halvings = GROUP_ROWS // group, 0
+    if requests > 0:
+        sizes.insert(0, (1, requests, 0))
+    while requests > 1 and -(-batch // requests) * num_kv_heads < multiprocessors:
+        requests, halvings = -(-requests // 2), halvings + 1
+        sizes.append((1, requests, halvings))
+    return sizes
 
 
 # Compiled passes.
@@ -197,15 +225,15 @@ def _deal(
     batch: int,
     heads: tuple[int, int, int],
     size: float,
-    row_groups: int,
+    tile_requests: int,
     step_tokens: int,
     multiprocessors: int,
     rates: WorkerRates,
     machine: WorkerMachine,
 ) -> tuple[float, Int64Array, Int64Array]:
-    """The cheapest way to deal out tiles of so many row groups: its estimate, tokens of the tiles, pieces."""
+    """The cheapest way to deal out tiles of so many requests: its estimate, tokens of the tiles, pieces."""
     group, num_kv_heads, head_dim = heads
-    tokens, together = tile_tokens(layout, batch, group, row_groups * GROUP_ROWS // group)
+    tokens, together = tile_tokens(layout, batch, group, tile_requests)
     step_us = rates.step * head_dim / 128
     apart = rates.apart_step / rates.step
     step_costs = apart + (1 - apart) * together / np.maximum(tokens, 1)

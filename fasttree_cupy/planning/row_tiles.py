@@ -97,7 +97,7 @@ def tile_segments(
     begin = 0
     for tile in range(num_tiles):
         for queue in range(queues):
-            end = ends[tile * queues + queue]
+            end = ends[2 * (tile * queues + queue) + 1]
             first[queue], left[queue] = begin, runs[begin:end, 1].sum()
             begin = end
         bounds[tile + 1] = _deal_out(left, first, runs, segments, starts, bounds[tile], step_tokens)
@@ -109,24 +109,27 @@ def tile_segments(
 def _queue(
     layout: Layout, num_tiles: int, batch: int, group: int, tile_requests: int, queues: int, mark: int
 ) -> tuple[Int64Array, Int32Array, int]:
-    """Runs of each tile's queues, ancestors first; queue i's end before ``ends[i]``, i = tile * queues + queue.
+    """Runs of each tile's queues, whole chunks of nodes, ancestors first, before what these leave.
 
-    The third is a bound of the segments.
+    Chunks that are dealt out from the front of a queue are then each of one node, but for the last few: they come as a
+    box, and no other node's rows see them. Queue i's runs end before ``ends[2 i + 1]``, i = tile * queues + queue, its
+    whole chunks before ``ends[2 i]``. The third is a bound of the segments.
     """
-    ends = np.zeros(num_tiles * queues, np.int64)
+    ends = np.zeros(2 * num_tiles * queues, np.int64)
     tile_of, warps = _tile_of(batch, tile_requests), _tile_warps(batch, group, tile_requests)
     runs = np.empty((0, 4), np.int32)
     room = 0
     for fill in range(2):
         if fill == 1:
             total = 0
-            for i in range(num_tiles * queues):  # as yet where it begins
+            for i in range(len(ends)):  # as yet where it begins
                 ends[i], total = total, total + ends[i]
             runs = np.empty((total, 4), np.int32)
         for node in layout.breadth_first:
             tokens = layout.seqlen[node]
             if tokens == 0 or layout.begins[node] >= layout.ends[node]:
                 continue
+            whole, first_row = tokens - tokens % CHUNK_TOKENS, layout.kv_ptrs[node]
             first_tile, last_tile = tile_of[layout.begins[node]], tile_of[layout.ends[node] - 1]
             read_once = mark if first_tile == last_tile else 0
             for tile in range(first_tile, last_tile + 1):
@@ -136,11 +139,17 @@ def _queue(
                     queue += 1 + begin // WARP_ROWS
                 if fill == 0:
                     # A cut costs a segment; a step seen together may be cut by one that is not.
-                    room += 3 + tokens // CHUNK_TOKENS
-                else:
-                    run = runs[ends[queue]]
-                    run[0], run[1], run[2], run[3] = layout.kv_ptrs[node], tokens, begin, end + read_once
-                ends[queue] += 1
+                    room += 4 + tokens // CHUNK_TOKENS
+                if whole > 0:
+                    if fill == 1:
+                        run = runs[ends[2 * queue]]
+                        run[0], run[1], run[2], run[3] = first_row, whole, begin, end + read_once
+                    ends[2 * queue] += 1
+                if whole < tokens:
+                    if fill == 1:
+                        run = runs[ends[2 * queue + 1]]
+                        run[0], run[1], run[2], run[3] = first_row + whole, tokens - whole, begin, end + read_once
+                    ends[2 * queue + 1] += 1
     return ends, runs, room
 
 
