@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fasttree_cupy as ft
-from fasttree_cupy.planning import growing, growing_passes
+from fasttree_cupy.planning import balanced, growing, growing_passes
 from fasttree_cupy.planning.balanced import ITEM_FIELDS, STEP_TOKENS
 from fasttree_cupy.planning.growing import GrowingPlan
 from fasttree_cupy.planning.growing_tree import GrowingTree
@@ -99,6 +99,17 @@ def test_random_changes(
     for kind, seed in changes:
         grown.change(kind, seed)
         grown.check()
+
+
+def test_tiles_are_filled_where_other_plans_leave_rows_empty() -> None:
+    tree = ft.KVTree.from_levels([1, 2, 64], [8, 256, 32])
+    rows = np.arange(tree.unique_tokens, dtype=np.int32)
+    plan = GrowingPlan(GrowingTree(tree, rows, ft.Capacity(64, tree.unique_tokens)), 1, 32, 128, 132, H200_WORKERS)
+    assert balanced.plan(tree, 1, 32, 128, 132, H200_WORKERS).items[:, 1].max() == 16
+    assert plan.made.items[:, 1].max() == 64
+    expected = {slot: sorted(rows[tree.request_rows(slot)]) for slot in range(64)}
+    for attended in rows_attended(plan, Device(plan).packed, 1, 32):
+        assert attended == expected
 
 
 def test_a_step_edits_a_number_a_request_and_a_number_a_tile_and_head() -> None:

@@ -153,6 +153,7 @@ def plan_layout(
     multiprocessors: int,
     machine: WorkerMachine,
     row_groups: int | None = None,
+    filled: bool = False,
 ) -> BalancedPlan:
     """Plan a tree whose runs of tokens are laid out, for as many row groups as are given, or as are cheapest.
 
@@ -166,12 +167,17 @@ def plan_layout(
         See `plan`, which has checked them.
     row_groups : int, optional
         1 or 2.
+    filled : bool
+        Whether all tiles but the last have as many requests as rows for them, as with given row groups.
     """
     batch = len(request_order)
     heads = (group, num_kv_heads, head_dim)
     size = bytes_moved(layout.seqlen.sum(), batch, heads)
     candidates = []
-    for groups, tile_requests, halvings in _tile_sizes(batch, group, num_kv_heads, multiprocessors, row_groups):
+    sizes = [size for size in _tile_sizes(batch, group, num_kv_heads, multiprocessors) if not filled or size[2] == 0]
+    if row_groups is not None:
+        sizes = [(row_groups, row_groups * GROUP_ROWS // group, 0)]
+    for groups, tile_requests, halvings in sizes:
         rates = machine.one_group if groups == 1 else machine.two_groups
         estimate, tokens, pieces = _deal(
             layout, batch, heads, size, tile_requests, STEP_TOKENS[groups], multiprocessors, rates, machine
@@ -189,16 +195,12 @@ def plan_layout(
     return BalancedPlan(items, segments, request_order, row_groups, workers, partials, merges, counters, estimate)
 
 
-def _tile_sizes(
-    batch: int, group: int, num_kv_heads: int, multiprocessors: int, row_groups: int | None
-) -> list[tuple[int, int, int]]:
+def _tile_sizes(batch: int, group: int, num_kv_heads: int, multiprocessors: int) -> list[tuple[int, int, int]]:
     """Row groups and requests of tiles that are worth a thought, and how often these were halved.
 
     Where whole tiles are fewer than the multiprocessors, those of one row group may leave rows empty: with half of the
-    requests each attends to fewer tokens, and more tiles need not be cut. Tiles of given row groups fill their rows.
+    requests each attends to fewer tokens, and more tiles need not be cut.
     """
-    if row_groups is not None:
-        return [(row_groups, row_groups * GROUP_ROWS // group, 0)]
     sizes = [(2, MOST_ROW_GROUPS * GROUP_ROWS // group, 0)]
     requests, halvings = GROUP_ROWS // group, 0
     if requests > 0:

@@ -135,6 +135,7 @@ class GrowingPlan:
             head_dim=head_dim,
             multiprocessors=workers,
             machine=machine,
+            filled=True,
         )
         self.made = self._planned(*tree.layout())
         self.row_groups = self.made.row_groups
