@@ -158,6 +158,16 @@ def test_right_in_any_order(kernel: Kernel) -> None:
         assert_right(of, tree, kernel.dtype)
 
 
+def test_tiles_may_leave_rows_empty() -> None:
+    tree, kernel, heads = KVTree.from_levels([1, 2, 64], [8, 256, 32]), WORKERS[0], (4, 4)
+    made = balanced.plan(tree, 1, heads[1], 128, 16, H200_WORKERS)
+    assert (made.items[:, 1] < 64).all()
+    of, schedule = random_arrays(kernel, tree, heads, 0), BalancedSchedule(made, 128, "cpu")
+    with emulated_gpu(0):
+        schedule.run(of.operands(), placed(schedule), EmulatedStream())  # type: ignore[arg-type]
+    assert_right(of, tree, kernel.dtype)
+
+
 @pytest.mark.parametrize("kernel", [WORKERS[0], WORKERS[2], OTHERS[0], OTHERS[2]], ids=str)
 def test_bits_depend_on_no_order_and_no_run_before(kernel: Kernel) -> None:
     tree = KVTree.from_levels([1, 2, 8], [400, 70, 37])
