@@ -173,18 +173,12 @@ def plan_layout(
     batch = len(request_order)
     heads = (group, num_kv_heads, head_dim)
     size = bytes_moved(layout.seqlen.sum(), batch, heads)
-    candidates = []
-    sizes = [size for size in _tile_sizes(batch, group, num_kv_heads, multiprocessors) if not filled or size[2] == 0]
+    tiles = [tile for tile in _tile_sizes(batch, group, num_kv_heads, multiprocessors) if not filled or tile[2] == 0]
     if row_groups is not None:
-        sizes = [(row_groups, row_groups * GROUP_ROWS // group, 0)]
-    for groups, tile_requests, halvings in sizes:
-        rates = machine.one_group if groups == 1 else machine.two_groups
-        estimate, tokens, pieces = _deal(
-            layout, batch, heads, size, tile_requests, STEP_TOKENS[groups], multiprocessors, rates, machine
-        )
-        estimate += halvings * (_HALVING_US + _HALVING_SHARE * estimate)
-        candidates.append((estimate, tokens, pieces, groups, tile_requests))
-    estimate, tokens, pieces, row_groups, tile_requests = min(candidates, key=lambda candidate: candidate[0])
+        tiles = [(row_groups, row_groups * GROUP_ROWS // group, 0)]
+    estimate, row_groups, tile_requests, tokens, pieces = _cheapest(
+        tiles, layout, batch, heads, size, multiprocessors, machine
+    )
     step_tokens = STEP_TOKENS[row_groups]
     mark = READ_ONCE if size <= READ_ONCE_BYTES[row_groups] else 0
     bounds, segments, starts = tile_segments(layout, batch, group, tile_requests, row_groups, step_tokens, mark)
@@ -198,17 +192,40 @@ def plan_layout(
 def _tile_sizes(batch: int, group: int, num_kv_heads: int, multiprocessors: int) -> list[tuple[int, int, int]]:
     """Row groups and requests of tiles that are worth a thought, and how often these were halved.
 
-    Where whole tiles are fewer than the multiprocessors, those of one row group may leave rows empty: with half of the
-    requests each attends to fewer tokens, and more tiles need not be cut.
+    Where whole tiles are fewer than the multiprocessors, those of one row group may leave rows empty: more tiles, each
+    of which attends to fewer tokens, need not be cut. Each half comes right behind its whole.
     """
     sizes = [(2, MOST_ROW_GROUPS * GROUP_ROWS // group, 0)]
-    requests, halvings = GROUP_ROWS // group, 0
+    requests, halvings = min(GROUP_ROWS // group, batch), 0
     if requests > 0:
-        sizes.insert(0, (1, requests, 0))
+        sizes.append((1, GROUP_ROWS // group, 0))
     while requests > 1 and -(-batch // requests) * num_kv_heads < multiprocessors:
         requests, halvings = -(-requests // 2), halvings + 1
         sizes.append((1, requests, halvings))
     return sizes
+
+
+def _cheapest(
+    tiles: list[tuple[int, int, int]],
+    layout: Layout,
+    batch: int,
+    heads: tuple[int, int, int],
+    size: float,
+    multiprocessors: int,
+    machine: WorkerMachine,
+) -> tuple[float, int, int, Int64Array, Int64Array]:
+    """Estimate, row groups and requests of the cheapest of `_tile_sizes`, and its tokens and pieces, see `_deal`."""
+    dealt: list[tuple[float, int, int, Int64Array, Int64Array]] = []
+    for row_groups, requests, halvings in tiles:
+        if halvings > 0 and len(dealt[-1][4]) == len(dealt[-1][3]) * heads[1]:
+            break  # without cuts already
+        rates, step_tokens = machine.one_group if row_groups == 1 else machine.two_groups, STEP_TOKENS[row_groups]
+        estimate, tokens, pieces = _deal(
+            layout, batch, heads, size, requests, step_tokens, multiprocessors, rates, machine
+        )
+        estimate += halvings * (_HALVING_US + _HALVING_SHARE * estimate)
+        dealt.append((estimate, row_groups, requests, tokens, pieces))
+    return min(dealt, key=lambda one: one[:2])
 
 
 # Compiled passes.

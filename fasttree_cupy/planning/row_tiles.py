@@ -140,15 +140,16 @@ def _queue(
                 if fill == 0:
                     # A cut costs a segment; a step seen together may be cut by one that is not.
                     room += 4 + tokens // CHUNK_TOKENS
+                    ends[2 * queue] += whole > 0
+                    ends[2 * queue + 1] += whole < tokens
+                    continue
                 if whole > 0:
-                    if fill == 1:
-                        run = runs[ends[2 * queue]]
-                        run[0], run[1], run[2], run[3] = first_row, whole, begin, end + read_once
+                    run = runs[ends[2 * queue]]
+                    run[0], run[1], run[2], run[3] = first_row, whole, begin, end + read_once
                     ends[2 * queue] += 1
                 if whole < tokens:
-                    if fill == 1:
-                        run = runs[ends[2 * queue + 1]]
-                        run[0], run[1], run[2], run[3] = first_row + whole, tokens - whole, begin, end + read_once
+                    run = runs[ends[2 * queue + 1]]
+                    run[0], run[1], run[2], run[3] = first_row + whole, tokens - whole, begin, end + read_once
                     ends[2 * queue + 1] += 1
     return ends, runs, room
 
