@@ -214,11 +214,15 @@ def _cheapest(
     multiprocessors: int,
     machine: WorkerMachine,
 ) -> tuple[float, int, int, Int64Array, Int64Array]:
-    """Estimate, row groups and requests of the cheapest of `_tile_sizes`, and its tokens and pieces, see `_deal`."""
+    """Estimate, row groups and requests of the cheapest of `_tile_sizes`, and its tokens and pieces, see `_deal`.
+
+    Tiles are halved as long as some are cut, and the last time was worth it.
+    """
     dealt: list[tuple[float, int, int, Int64Array, Int64Array]] = []
     for row_groups, requests, halvings in tiles:
-        if halvings > 0 and len(dealt[-1][4]) == len(dealt[-1][3]) * heads[1]:
-            break  # without cuts already
+        uncut = halvings > 0 and len(dealt[-1][4]) == len(dealt[-1][3]) * heads[1]
+        if uncut or (halvings > 1 and dealt[-1][0] > dealt[-2][0]):
+            break
         rates, step_tokens = machine.one_group if row_groups == 1 else machine.two_groups, STEP_TOKENS[row_groups]
         estimate, tokens, pieces = _deal(
             layout, batch, heads, size, requests, step_tokens, multiprocessors, rates, machine
