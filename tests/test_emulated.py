@@ -215,6 +215,7 @@ SHORT_ITEMS = Load(KVTree.from_levels([1, 4], [20, 5]), (24, 24), 1)
 SEEN_BY_FEW = Load(KVTree.from_levels([1, 16], [40, 300]), (8, 2), 3)
 LONG_ITEMS = Load(KVTree.from_levels([1, 2, 16], [64, 64, 48]), (2, 2), 1)
 MANY_PIECES = Load(KVTree([-1, 0, 0, 1, 1], [16, 700, 0, 64, 700], [4, 3, 2, 0, 2]), (16, 1), 8)
+MORE_PIECES_THAN_SLICES = Load(KVTree.from_levels([1], [1300]), (3, 3), 33)
 FLOAT16, BFLOAT16, FLOAT8, *_ = WORKERS
 
 FAULTS: dict[str, tuple[Kernel, Load, Edits]] = {
@@ -230,6 +231,16 @@ FAULTS: dict[str, tuple[Kernel, Load, Edits]] = {
         BFLOAT16,
         MANY_PIECES,
         (("+ 1 & kLaunchMask;\n            __syncwarp();", "+ 1 & kLaunchMask;"),),
+    ),
+    "words looked at before all lanes know of the own one": (
+        FLOAT16,
+        MORE_PIECES_THAN_SLICES,
+        (
+            (
+                "store_release(words + item.piece, own);\n        __syncwarp();",
+                "store_release(words + item.piece, own);",
+            ),
+        ),
     ),
     "values given back by who widens no tile": (
         FLOAT8,

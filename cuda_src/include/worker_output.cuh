@@ -119,7 +119,8 @@ struct Output {
     __device__ __forceinline__ static u32 finish_piece(int* words, const WorkItem& item, int launch, int own, int polls) {
         const int lane = threadIdx.x % kWarpSize;
         if (lane == 0) store_release(words + item.piece, own);
-        fence_sequential();  // this word comes before the look at the others
+        __syncwarp();
+        fence_sequential();  // this word comes before any lane's look at the others
 #pragma unroll 1
         for (int poll = 0; poll <= polls; ++poll) {
             bool done = true;
