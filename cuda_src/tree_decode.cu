@@ -210,9 +210,6 @@ __device__ __forceinline__ void stage_outputs(const WarpRows& rows, float* share
 struct alignas(16) Float4 {
     float value[4];
 };
-struct alignas(16) Packed8 {
-    u32 value[4];
-};
 
 // Adds the token groups' outputs up and writes them: to o, or to mid_o where the requests' tokens are cut.
 __device__ __forceinline__ void write_outputs(const float* shared, const TreeDecodeParams& p, const Item& item,

@@ -14,6 +14,10 @@ constexpr float kLn2 = 0.6931471805599453f;
 struct alignas(8) Float2 {
     float x, y;
 };
+// Eight 16-bit elements, which are stored together.
+struct alignas(16) Packed8 {
+    u32 value[4];
+};
 
 __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }

@@ -283,12 +283,9 @@ struct Output {
             hand_round<1>(pairs[2], pairs[3], lane);
             hand_round<2>(pairs[0], pairs[2], lane);
             hand_round<2>(pairs[1], pairs[3], lane);
-            if (row.valid) *reinterpret_cast<Vector*>(to + 2 * j) = Vector{pairs[0], pairs[1], pairs[2], pairs[3]};
+            if (row.valid) *reinterpret_cast<Packed8*>(to + 2 * j) = Packed8{pairs[0], pairs[1], pairs[2], pairs[3]};
         }
     }
-    struct alignas(16) Vector {
-        u32 x, y, z, w;
-    };
     // Lanes without the bit give their second word for the first of those with it.
     template <int kBit>
     static __device__ __forceinline__ void hand_round(u32& first, u32& second, int lane) {

@@ -140,7 +140,8 @@ struct Producer {
         // not tell a phase from the one after the next.
         int turn = 0;
         bool is_first = true;  // of the worker's items
-#pragma unroll 1  // nor is the first turn to have code of its own
+        // Not unrolled, lest the first one has code of its own.
+#pragma unroll 1
         for (int first = 0;;) {  // of the item's tiles
             if (item.tokens > 0) {
                 if (kQuerySlots > 1) load_queries(item, turn);
@@ -170,8 +171,8 @@ struct Producer {
     __device__ __forceinline__ void load_tiles(const WorkItem& item, int first, int turn, bool is_first) {
         choose_head(item.kv_head);
         SegmentStream segments(p, item, lane);
-        // Where there is one place for queries, consumers copy those of the worker's first item. Later ones' come after a tile,
-        // if the place was taken until then.
+        // Where there is one place for queries, consumers copy those of the worker's first item. Later items' come after a tile:
+        // until then the place is taken, unless no item before had tokens.
         const int queries_at = kQuerySlots > 1 || is_first ? -1 : turn == 0 ? 0 : kTileTokens;
 #pragma unroll 1
         for (int begin = (tile - first) * kTileTokens;; begin += kTilesAtATime * kTileTokens) {

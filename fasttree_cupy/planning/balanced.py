@@ -173,11 +173,12 @@ def plan_layout(
     batch = len(request_order)
     heads = (group, num_kv_heads, head_dim)
     size = bytes_moved(layout.seqlen.sum(), batch, heads)
-    tiles = [tile for tile in _tile_sizes(batch, group, num_kv_heads, multiprocessors) if not filled or tile[2] == 0]
-    if row_groups is not None:
-        tiles = [(row_groups, row_groups * GROUP_ROWS // group, 0)]
-    estimate, row_groups, tile_requests, tokens, pieces = _cheapest(
-        tiles, layout, batch, heads, size, multiprocessors, machine
+    if row_groups is None:
+        sizes = _tile_sizes(batch, group, num_kv_heads, multiprocessors, filled)
+    else:
+        sizes = [_TileSize(row_groups, row_groups * GROUP_ROWS // group)]
+    estimate, (row_groups, tile_requests, _), tokens, pieces = _cheapest(
+        sizes, layout, batch, heads, size, multiprocessors, machine
     )
     step_tokens = STEP_TOKENS[row_groups]
     mark = READ_ONCE if size <= READ_ONCE_BYTES[row_groups] else 0
@@ -189,46 +190,55 @@ def plan_layout(
     return BalancedPlan(items, segments, request_order, row_groups, workers, partials, merges, counters, estimate)
 
 
-def _tile_sizes(batch: int, group: int, num_kv_heads: int, multiprocessors: int) -> list[tuple[int, int, int]]:
-    """Row groups and requests of tiles that are worth a thought, and how often these were halved.
+class _TileSize(NamedTuple):
+    """Row groups of tiles, their requests, and how often these were halved."""
+
+    row_groups: int
+    requests: int
+    halvings: int = 0
+
+
+def _tile_sizes(batch: int, group: int, num_kv_heads: int, multiprocessors: int, filled: bool) -> list[_TileSize]:
+    """Sizes that are worth a thought, each half right behind its whole.
 
     Where whole tiles are fewer than the multiprocessors, those of one row group may leave rows empty: more tiles, each
-    of which attends to fewer tokens, need not be cut. Each half comes right behind its whole.
+    of which attends to fewer tokens, need not be cut.
     """
-    sizes = [(2, MOST_ROW_GROUPS * GROUP_ROWS // group, 0)]
+    sizes = [_TileSize(MOST_ROW_GROUPS, MOST_ROW_GROUPS * GROUP_ROWS // group)]
+    if group > GROUP_ROWS:
+        return sizes
+    sizes.append(_TileSize(1, GROUP_ROWS // group))
     requests, halvings = min(GROUP_ROWS // group, batch), 0
-    if requests > 0:
-        sizes.append((1, GROUP_ROWS // group, 0))
-    while requests > 1 and -(-batch // requests) * num_kv_heads < multiprocessors:
+    while not filled and requests > 1 and -(-batch // requests) * num_kv_heads < multiprocessors:
         requests, halvings = -(-requests // 2), halvings + 1
-        sizes.append((1, requests, halvings))
+        sizes.append(_TileSize(1, requests, halvings))
     return sizes
 
 
 def _cheapest(
-    tiles: list[tuple[int, int, int]],
+    sizes: list[_TileSize],
     layout: Layout,
     batch: int,
     heads: tuple[int, int, int],
     size: float,
     multiprocessors: int,
     machine: WorkerMachine,
-) -> tuple[float, int, int, Int64Array, Int64Array]:
-    """Estimate, row groups and requests of the cheapest of `_tile_sizes`, and its tokens and pieces, see `_deal`.
+) -> tuple[float, _TileSize, Int64Array, Int64Array]:
+    """The cheapest of `_tile_sizes` with its estimate, tokens and pieces, see `_deal`.
 
     Tiles are halved as long as some are cut, and the last time was worth it.
     """
-    dealt: list[tuple[float, int, int, Int64Array, Int64Array]] = []
-    for row_groups, requests, halvings in tiles:
-        uncut = halvings > 0 and len(dealt[-1][4]) == len(dealt[-1][3]) * heads[1]
-        if uncut or (halvings > 1 and dealt[-1][0] > dealt[-2][0]):
-            break
-        rates, step_tokens = machine.one_group if row_groups == 1 else machine.two_groups, STEP_TOKENS[row_groups]
+    dealt: list[tuple[float, _TileSize, Int64Array, Int64Array]] = []
+    for tile in sizes:
+        rates = machine.one_group if tile.row_groups == 1 else machine.two_groups
         estimate, tokens, pieces = _deal(
-            layout, batch, heads, size, requests, step_tokens, multiprocessors, rates, machine
+            layout, batch, heads, size, tile.requests, STEP_TOKENS[tile.row_groups], multiprocessors, rates, machine
         )
-        estimate += halvings * (_HALVING_US + _HALVING_SHARE * estimate)
-        dealt.append((estimate, row_groups, requests, tokens, pieces))
+        estimate += tile.halvings * (_HALVING_US + _HALVING_SHARE * estimate)
+        dealt.append((estimate, tile, tokens, pieces))
+        is_cut = len(pieces) > len(tokens) * heads[1]
+        if tile.row_groups == 1 and (not is_cut or (tile.halvings > 0 and estimate > dealt[-2][0])):
+            break
     return min(dealt, key=lambda one: one[:2])
 
 
