@@ -154,6 +154,27 @@ def test_drift_is_cut_away() -> None:
     assert plan.state.loads.max() <= anew.state.loads.max() + 2
 
 
+def test_cuts_leave_the_piece_that_grows_less() -> None:
+    """So that they last: each step's appends come to a quarter of a step, and 8 pieces are cut at whole ones."""
+    tree = ft.KVTree.from_levels([1, 16, 64], [1024, 256, 32])
+    rows = np.arange(tree.unique_tokens, dtype=np.int32)
+    growing_tree = GrowingTree(tree, rows, ft.Capacity(64, tree.unique_tokens + 64 * 256))
+    plan = GrowingPlan(growing_tree, 4, 8, 128, 132, H200_WORKERS)
+    moved, spare = 0, []
+    for step in range(256):
+        new = (tree.unique_tokens + 256 * np.arange(64) + step).astype(np.int32)[:, None]
+        growing_tree.append(growing_tree.live, new)
+        before = plan.state.costs[growing_passes._UNEVEN]
+        assert plan.append(growing_tree.live, new)
+        if plan.state.costs[growing_passes._UNEVEN] < before:
+            moved += 1
+            last = plan.state.units[: plan.made.merges].sum(axis=1) - 1
+            loads = plan.state.loads[plan.state.pieces[last, 1]]
+            spare.append(float(plan.state.loads.max() - loads.max()))
+    assert 16 <= moved <= 32
+    assert np.mean(spare) > 0.5
+
+
 def test_cuts_are_at_whole_steps() -> None:
     """Of short tiles in many pieces, whose cuts move whenever they can."""
     tree = ft.KVTree.from_levels([1, 3], [700, 90])

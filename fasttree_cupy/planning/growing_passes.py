@@ -55,6 +55,11 @@ MOST_EDITS = 8192
 """Elements that one change may edit; more are planned anew."""
 WHOLE_STEPS = 1.0
 """Steps that a worker may have too many because cuts are made at whole steps: a new plan would not do better."""
+STEPS_AHEAD = 1.0
+"""Steps that a unit's last piece, which gains what is appended, gets less than the others.
+
+Cuts then last twice as long, and runs take as long by the cost model (bench/NOTES.md).
+"""
 RUNS_A_CHANGE = 32
 """Runs that a change is taken to be followed by: one a layer of the model."""
 
@@ -445,7 +450,7 @@ def _too_many(s: PlanState) -> float:
 
 @njit
 def _cut(s: PlanState, tile: int) -> None:
-    """Cut a tile's units anew, at whole steps, so that the workers of each unit's pieces have equally much to do."""
+    """Cut a tile's units anew, at whole steps: soon the workers of each unit's pieces have equally much to do."""
     n = s.numbers
     ends = _segment_ends(s, tile)
     step_tokens, step_cost, tokens, last_cut = n[_STEP_TOKENS], _step_cost(s, tile), ends[-1] if len(ends) else 0, -1
@@ -453,13 +458,13 @@ def _cut(s: PlanState, tile: int) -> None:
         first, count = s.units[unit, 0], s.units[unit, 1]
         if count == 1 or tokens < count * step_tokens:
             continue
-        mean = 0.0
+        goal = STEPS_AHEAD / count  # of all workers but the last
         for piece in range(first, first + count):
-            mean += s.loads[s.pieces[piece, _WORKER]] / count
+            goal += s.loads[s.pieces[piece, _WORKER]] / count
         begin, end, exact = 0, 0, 0.0  # of the piece, in the tile's tokens
         for i in range(count):
             worker, at = s.pieces[first + i, _WORKER], _item_at(n, s.pieces[first + i, _ITEM])
-            exact += s.packed[at + TOKENS] + (mean - s.loads[worker]) / step_cost * step_tokens
+            exact += s.packed[at + TOKENS] + (goal - s.loads[worker]) / step_cost * step_tokens
             end = int(np.rint(exact / step_tokens)) * step_tokens
             most = (tokens // step_tokens - (count - 1 - i)) * step_tokens
             end = max(begin + step_tokens, min(end, most)) if i < count - 1 else tokens
