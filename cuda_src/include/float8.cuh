@@ -19,7 +19,9 @@ struct Float8E4M3 {
     static __device__ __forceinline__ u32 to_halves(u32 word, int pair) {
         u32 halves;
 #if __CUDA_ARCH__ >= 890
-        asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(u16(word >> (pair * 16))));
+        u16 bytes[2];  // so taken apart, the upper ones need no shift
+        asm("mov.b32 {%0, %1}, %2;" : "=h"(bytes[0]), "=h"(bytes[1]) : "r"(word));
+        asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(bytes[pair]));
 #else
         const u32 bytes = Float8E5M2::to_halves(word, pair);
         // The exponent's bias is 7 and not 15: times 2^8, which also sets subnormals right.

@@ -52,6 +52,7 @@ inline void mul_f16x2(u32& to, u32 a, u32 b) {
     const auto product = [](u16 x, u16 y) { return float_to_half(half_to_float(x) * half_to_float(y)); };
     to = u32(product(u16(a >> 16), u16(b >> 16))) << 16 | product(u16(a), u16(b));
 }
+inline void mov_b32(u16& low, u16& high, u32 from) { low = u16(from), high = u16(from >> 16); }
 inline void mov_b64(u64& to, u32 low, u32 high) { to = u64(high) << 32 | low; }
 inline void mad_wide_s32(long long& to, int a, int b, long long c) { to = (long long)(a) * b + c; }
 
