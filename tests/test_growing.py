@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from unittest import mock
 
 import numpy as np
@@ -112,29 +114,34 @@ def test_tiles_are_filled_where_other_plans_leave_rows_empty() -> None:
         assert attended == expected
 
 
-def test_a_step_edits_a_number_a_request_and_a_number_a_tile_and_head() -> None:
-    tree = ft.KVTree.from_levels([1, 16, 64], [1024, 256, 32])
+def growing_tree_and_plan(tree: ft.KVTree, more_tokens: int) -> tuple[GrowingTree, GrowingPlan]:
     rows = np.arange(tree.unique_tokens, dtype=np.int32)
-    growing_tree = GrowingTree(tree, rows, ft.Capacity(64, tree.unique_tokens + 640))
-    plan = GrowingPlan(growing_tree, 4, 8, 128, 132, H200_WORKERS)
+    growing_tree = GrowingTree(tree, rows, ft.Capacity(tree.batch_size, tree.unique_tokens + more_tokens))
+    return growing_tree, GrowingPlan(growing_tree, 4, 8, 128, 132, H200_WORKERS)
+
+
+def appends(growing_tree: GrowingTree, plan: GrowingPlan, requests: int, steps: int) -> Iterator[bool]:
+    """The first requests gain a token each step, in runs of rows of their own; yields whether edits were enough."""
+    first_row, slots = growing_tree.tokens, np.arange(requests, dtype=np.int32)
+    for step in range(steps):
+        new = (first_row + steps * np.arange(requests) + step).astype(np.int32)[:, None]
+        growing_tree.append(slots, new)
+        yield plan.append(slots, new)
+
+
+def test_a_step_edits_a_number_a_request_and_a_number_a_tile_and_head() -> None:
+    growing_tree, plan = growing_tree_and_plan(ft.KVTree.from_levels([1, 16, 64], [1024, 256, 32]), 64 * 10)
     tiles = 64 * 4 // (64 * plan.row_groups)
-    for step in range(2):  # the third moves cuts too
-        new = (tree.unique_tokens + 10 * np.arange(64) + step).astype(np.int32)[:, None]
-        growing_tree.append(growing_tree.live, new)
-        assert plan.append(growing_tree.live, new)
+    for step, fits in enumerate(islice(appends(growing_tree, plan, 64, 10), 2)):  # the third moves cuts too
+        assert fits
         assert len(plan.edits) == 8 * tiles + (64 if step else 4 * 64)
 
 
 def append_a_token_a_step(tree: ft.KVTree, requests: int, steps: int) -> tuple[GrowingTree, GrowingPlan, list[int]]:
     """A tree whose first requests have gained a token each step, and the steps in which it was planned anew."""
-    rows = np.arange(tree.unique_tokens, dtype=np.int32)
-    growing_tree = GrowingTree(tree, rows, ft.Capacity(tree.batch_size, tree.unique_tokens + requests * steps))
-    plan = GrowingPlan(growing_tree, 4, 8, 128, 132, H200_WORKERS)
-    device, planned, slots = Device(plan), [], np.arange(requests, dtype=np.int32)
-    for step in range(steps):
-        new = (tree.unique_tokens + steps * np.arange(requests) + step).astype(np.int32)[:, None]
-        growing_tree.append(slots, new)
-        fits = plan.append(slots, new)
+    growing_tree, plan = growing_tree_and_plan(tree, requests * steps)
+    device, planned = Device(plan), []
+    for step, fits in enumerate(appends(growing_tree, plan, requests, steps)):
         device.follow(fits)
         if not fits:
             planned.append(step)
@@ -156,17 +163,13 @@ def test_drift_is_cut_away() -> None:
 
 def test_cuts_leave_the_piece_that_grows_less() -> None:
     """So that they last: each step's appends come to a quarter of a step, and 8 pieces are cut at whole ones."""
-    tree = ft.KVTree.from_levels([1, 16, 64], [1024, 256, 32])
-    rows = np.arange(tree.unique_tokens, dtype=np.int32)
-    growing_tree = GrowingTree(tree, rows, ft.Capacity(64, tree.unique_tokens + 64 * 256))
-    plan = GrowingPlan(growing_tree, 4, 8, 128, 132, H200_WORKERS)
-    moved, spare = 0, []
-    for step in range(256):
-        new = (tree.unique_tokens + 256 * np.arange(64) + step).astype(np.int32)[:, None]
-        growing_tree.append(growing_tree.live, new)
-        before = plan.state.costs[growing_passes._UNEVEN]
-        assert plan.append(growing_tree.live, new)
-        if plan.state.costs[growing_passes._UNEVEN] < before:
+    growing_tree, plan = growing_tree_and_plan(ft.KVTree.from_levels([1, 16, 64], [1024, 256, 32]), 64 * 256)
+    moved, spare, uneven_before = 0, [], 0.0
+    for fits in appends(growing_tree, plan, 64, 256):
+        assert fits
+        uneven = plan.state.costs[growing_passes._UNEVEN]
+        is_moved, uneven_before = uneven < uneven_before, uneven
+        if is_moved:
             moved += 1
             last = plan.state.units[: plan.made.merges].sum(axis=1) - 1
             loads = plan.state.loads[plan.state.pieces[last, 1]]

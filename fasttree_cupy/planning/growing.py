@@ -10,9 +10,9 @@ All arrays lie in one, of a fixed size and layout: items, order of requests, seg
 - A finished request's row of its tile is no request's any more, and segments that no other row sees become empty.
 
 So the plan drifts from what the planner would make. What that costs is summed up; when the sum exceeds what it costs to
-move the cuts between the pieces of tiles, these are moved, so that workers have equally much to do again. Where that
-does not help, and the sum exceeds what a new plan costs, or where there is no room left, the tree is planned anew into
-the same arrays.
+move the cuts between the pieces of tiles, these are moved, so that workers have equally much to do again, but for the
+pieces that grow: these get less, so that the cuts last. Where that does not help, and the sum exceeds what a new plan
+costs, or where there is no room left, the tree is planned anew into the same arrays.
 """
 
 from __future__ import annotations
