@@ -35,7 +35,7 @@ static_assert(kWarpSize * ((kProducerWarps + kWidenWarps) * kProducerRegisters +
               "or the consumers wait for registers for ever");
 // Consumers need more than an equal share with tiles of 128 tokens, and where further warps widen float8.
 constexpr bool kSharesRegisters = kTileTokens == 64 && !kFloat8;
-constexpr int kTileWarps = kFloat8 ? 2 : kRowGroups == 2 ? 4 : 1;  // producer warps that gather a tile together
+constexpr int kTileWarps = kRowGroups == 1 ? 1 : kFloat8 ? 2 : 4;  // producer warps that gather a tile together
 constexpr int kTilesAtATime = kProducerWarps / kTileWarps;
 constexpr int kWarpTokens = kTileTokens / kTileWarps;
 constexpr int kLaneTokens = kWarpTokens / kWarpSize;
@@ -63,7 +63,7 @@ static_assert(kValueStages > kTokenGroups, "each warpgroup holds the values of a
 static_assert(kQueryWarps <= kProducerWarps && kQueryRowsOfWarp <= kWarpSize, "a lane holds one row's place");
 static_assert(kLaneTokens == 1 || kLaneTokens == 2, "see Producer::row_of");
 // A barrier's parity does not tell a phase from the one after the next.
-static_assert(kTilesAtATime <= kKeyStages && kTilesAtATime <= kValueStages,
+static_assert(kFloat8 || (kTilesAtATime <= kKeyStages && kTilesAtATime <= kValueStages),
               "who waits for a phase has seen the one before");
 static_assert(kKeyStages % kTokenGroups == 0 && kValueStages % kTokenGroups == 0,
               "a tile takes the place of one of the same warpgroup, which is at its tiles in their order");
@@ -88,8 +88,8 @@ constexpr int kRawStages = FT_RAW_STAGES;  // tiles of float8 rows, keys and val
 constexpr int kRawBytes = kTileTokens * kHeadDim;
 static_assert(kTilesAtATime <= kRawStages, "who waits for a phase has seen the one before");
 // What consumers read as it came is not given back in the tiles' order.
-static_assert(!kReadsRaw || (kTilesAtATime == kTokenGroups && kRawStages % kTokenGroups == 0),
-              "a warpgroup's tiles have producers and raw places of their own");
+static_assert(!kReadsRaw || (kTilesAtATime % kTokenGroups == 0 && kRawStages % kTilesAtATime == 0),
+              "a raw place has tiles of one warpgroup, and the same producers");
 // Arrivals that free a raw place: those of who widens, and of the consumers that read it. Of a tile that is widened the
 // former arrive for both. Of one that is read both arrive at its keys' place, but only its readers, for both, at its
 // values': who widens knows by the view that the keys before have been given back, not the values.

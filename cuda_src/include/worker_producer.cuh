@@ -98,8 +98,8 @@ struct TileRings {
 };
 
 // A warp that gathers its part of tiles, and of every item's queries. The places of a tile of 64 tokens take longer to
-// find than its copies to start: so each warp is at another tile, of float8 every two. Larger ones come sooner when all
-// warps start copies.
+// find than its copies to start: so with one row group each warp is at another tile. Those of two row groups come sooner
+// where several warps start their copies.
 template <typename Rings>
 struct Producer {
     using Place = typename Rings::Place;

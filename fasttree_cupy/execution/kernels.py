@@ -48,7 +48,7 @@ STAGE1_SM90_STAGES, STAGE1_SM90_ROWS = 2, 64
 WORKER_STAGES = {(64, 1): (8, 8), (128, 1): (6, 4), (64, 2): (6, 6), (128, 2): (3, 3)}
 """Head dim, row groups -> tiles in the rings of keys and values of ``tree_decode_sm90``: what the shared memory of a
 multiprocessor holds."""
-WORKER_FLOAT8_STAGES = {(64, 1): (4, 8, 10), (128, 1): (2, 4, 4), (64, 2): (4, 8, 10), (128, 2): (3, 4, 3)}
+WORKER_FLOAT8_STAGES = {(64, 1): (4, 8, 8), (128, 1): (2, 4, 4), (64, 2): (4, 8, 10), (128, 2): (3, 4, 3)}
 """The same where K and V are float8, and the tiles in the rings of their rows as they come, keys and values."""
 RACECHECK_VARIABLE = "FASTTREE_CUPY_RACECHECK"
 """Where it is set, kernels are built so that compute-sanitizer's racecheck can follow them: see barrier.cuh."""
