@@ -14,11 +14,9 @@ __device__ __forceinline__ void copy_queries(const WorkParams& p, Shared& s, con
     const Place to(first_row, lane);
     const u32 tile = shared_address(s.q[slot]);
     const i64 row = own.valid ? own.request * p.q_stride_request + own.head * p.q_stride_head : 0;
-    // Where all of an item's tokens are its own, nobody else reads its queries.
-    const bool once = uniform(item.pieces) == 1;
 #pragma unroll 4
     for (int pass = 0; pass < kShareRows / Place::kRowsPerPass; ++pass) {
         const i64 from = __shfl_sync(0xffffffffu, row, pass * Place::kRowsPerPass + lane / kRowVectors);
-        copy_async_16(tile + to.offset(pass), p.q + from + lane % kRowVectors * 8, true, once);
+        copy_async_16(tile + to.offset(pass), p.q + from + lane % kRowVectors * 8);
     }
 }
