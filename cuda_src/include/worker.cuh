@@ -62,7 +62,8 @@ static_assert(kRowGroups == 1 || kRowGroups == 2, "two warpgroups split rows or 
 static_assert(kValueStages > kTokenGroups, "each warpgroup holds the values of a tile while it waits for the next one");
 static_assert(kQueryWarps <= kProducerWarps && kQueryRowsOfWarp <= kWarpSize, "a lane holds one row's place");
 static_assert(kLaneTokens == 1 || kLaneTokens == 2, "see Producer::row_of");
-// A barrier's parity does not tell a phase from the one after the next.
+// A barrier's parity does not tell a phase from the one after the next. Float8 keys and values are widened tile by tile, by
+// all of who widen together.
 static_assert(kFloat8 || (kTilesAtATime <= kKeyStages && kTilesAtATime <= kValueStages),
               "who waits for a phase has seen the one before");
 static_assert(kKeyStages % kTokenGroups == 0 && kValueStages % kTokenGroups == 0,
