@@ -22,6 +22,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Have the kernels that emulated tests need built while other tests run: ``build_kernels`` of their module."""
+    if session.config.option.collectonly:
+        return
+    for module in {item.module for item in session.items if isinstance(item, pytest.Function)}:
+        if hasattr(module, "build_kernels"):
+            module.build_kernels()
+
+
 @pytest.fixture
 def cupy() -> Any:
     """CuPy, or a skipped test."""

@@ -35,7 +35,7 @@ MULTIPROCESSORS = 4
 Edits = tuple[tuple[str, str], ...]
 """Changes of a kernel's text, to see that what they break is found: what stands there once, and what instead."""
 
-_builders = ThreadPoolExecutor(os.cpu_count())
+_builders = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1))  # a core is left to the tests
 _builds: dict[tuple[kernels.KernelConfig, Edits], Future[ctypes.CDLL]] = {}
 
 
