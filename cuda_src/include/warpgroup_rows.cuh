@@ -58,31 +58,24 @@ struct WarpgroupRows {
         products_commit();
     }
 
-    // What a warp's rows see of a tile.
-    struct View {
-        bool any;    // false: no row sees any token
-        bool whole;  // every row sees every token
-    };
-
-    // Scores into the weights of the tile whose values are added next. visible: address of two bytes a token, the first
-    // row that sees it and, in the upper byte, how many do. after_values(): called when the values of the tile before
-    // have been added.
+    // Scores into the weights of the tile whose values are added next. whole: whether all of a warp's rows see all tokens.
+    // visible: address of two bytes a token, the first row that sees it and, in the upper byte, how many do. after_values():
+    // called when the values of the tile before have been added. A warp that sees nothing does as others do: they wait for
+    // one another, and to leave it out would be two instructions for each weight.
     template <typename AfterValues>
-    __device__ __forceinline__ void weigh(Scores& s, const View& view, u32 visible, const ScoreScale& to_score,
+    __device__ __forceinline__ void weigh(Scores& s, bool whole, u32 visible, const ScoreScale& to_score,
                                           const AfterValues& after_values) {
         float factor[2] = {1.0f, 1.0f};
-        if (view.any) {
-            if (kSoftCap) {
+        if (kSoftCap) {
 #pragma unroll
-                for (int i = 0; i < kTileTokens / 2; ++i) s[i] = to_score.pass(s[i]);
-            }
-            if (!view.whole) hide(s, visible);
-            exponentials(s, factor, to_score);
+            for (int i = 0; i < kTileTokens / 2; ++i) s[i] = to_score.pass(s[i]);
         }
+        if (!whole) hide(s, visible);
+        exponentials(s, factor, to_score);
         products_wait<0>(o);
         after_values();
 #pragma unroll
-        for (int i = 0; i < kTileTokens / 4; ++i) weights[i] = view.any ? ProductElement::pack(s[2 * i], s[2 * i + 1]) : 0;
+        for (int i = 0; i < kTileTokens / 4; ++i) weights[i] = ProductElement::pack(s[2 * i], s[2 * i + 1]);
         rescale_outputs(factor);
     }
 

@@ -157,6 +157,10 @@ struct Ring {
     int parity = 0;
     // The place in a ring of two laps, as views have them for 16-bit keys.
     __device__ __forceinline__ int of_two_laps() const { return stage + parity * kStages; }
+    // The place so many steps before, by no more than a lap.
+    __device__ __forceinline__ Ring before(int by) const {
+        return stage < by ? Ring{stage - by + kStages, parity ^ 1} : Ring{stage - by, parity};
+    }
     // By no more than a lap.
     __device__ __forceinline__ void advance(int by) {
         stage += by;

@@ -122,11 +122,12 @@ struct Consumer : Output {
     }
     // The chunks that this warp's rows see.
     __device__ __forceinline__ Chunks own_chunks() const { return seen_by(rows.first_row / kChunkRows) & kEveryChunk; }
-    __device__ __forceinline__ WarpgroupRows::View own_view() const {
+    // Whether all of this warp's rows see all of the current tile.
+    __device__ __forceinline__ bool sees_whole() const {
         u32 whole = view().whole[0];
 #pragma unroll
         for (int part = 1; part < kTileWarps; ++part) whole &= view().whole[part];
-        return {own_chunks() != 0, (whole >> rows.first_row / kChunkRows & 1) != 0};
+        return (whole >> rows.first_row / kChunkRows & 1) != 0;
     }
     // Whether the warpgroup's products are worth it for the current tile, whose view it waits for, which comes with 16-bit
     // keys.
@@ -140,27 +141,27 @@ struct Consumer : Output {
     }
 
     // Attends tiles up to the next one that is not seen together. The values of a tile are added during the softmax of the
-    // next one.
+    // next one. Their place is not kept but found anew: only so the compiler sees that it is the same in all lanes.
     __device__ __forceinline__ void attend_together(int end, u32 queries) {
         WarpgroupRows::Scores scores;
         start_scores(scores, queries);
-        WarpgroupRows::View view = own_view();
+        bool whole = sees_whole();
         products_wait<0>(scores);
         barrier_arrive_warp(s.k_empty[keys.stage]);
-        weigh(scores, view, [] {});
-        Ring<kValueStages> behind = values;  // the tile whose values are still to be added
+        weigh(scores, whole, [] {});
         advance();
 #pragma unroll 1
         while (tile < end && seen_together()) {
             start_scores(scores, queries);
-            view = own_view();
+            whole = sees_whole();
+            const Ring<kValueStages> behind = values.before(kTokenGroups);
             start_values(behind);
             products_wait<1>(scores);
             barrier_arrive_warp(s.k_empty[keys.stage]);
-            weigh(scores, view, [&] { barrier_arrive_warp(s.v_empty[behind.stage]); });
-            behind = values;
+            weigh(scores, whole, [&] { barrier_arrive_warp(s.v_empty[behind.stage]); });
             advance();
         }
+        const Ring<kValueStages> behind = values.before(kTokenGroups);
         start_values(behind);
         products_wait<0>(rows.o);
         barrier_arrive_warp(s.v_empty[behind.stage]);
@@ -230,9 +231,9 @@ struct Consumer : Output {
         return kTokenGroups == 2 ? uniform(address) : address;
     }
     template <typename AfterValues>
-    __device__ __forceinline__ void weigh(WarpgroupRows::Scores& scores, const WarpgroupRows::View& view,
+    __device__ __forceinline__ void weigh(WarpgroupRows::Scores& scores, bool whole,
                                           const AfterValues& after_values) {
-        rows.weigh(scores, view, visible(), to_score(), after_values);
+        rows.weigh(scores, whole, visible(), to_score(), after_values);
     }
     __device__ __forceinline__ ScoreScale to_score() const { return {p.sm_scale * keys_scale, p.logit_cap}; }
     __device__ __forceinline__ void advance() {
