@@ -26,9 +26,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Have the kernels that emulated tests need built while other tests run: ``build_kernels`` of their module."""
     if session.config.option.collectonly:
         return
-    for module in {item.module for item in session.items if isinstance(item, pytest.Function)}:
+    tests = [item for item in session.items if isinstance(item, pytest.Function)]
+    for module in {test.module for test in tests}:
         if hasattr(module, "build_kernels"):
-            module.build_kernels()
+            module.build_kernels([test for test in tests if test.module is module])
 
 
 @pytest.fixture

@@ -135,22 +135,32 @@ def assert_right(of: Arrays, tree: KVTree, dtype: str) -> None:
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-4, atol=1e-3)
 
 
-def build_kernels() -> None:
-    """Have most kernels built while other tests run, see conftest.py."""
+def build_kernels(tests: list[pytest.Function]) -> None:
+    """Have most kernels of these tests built while other tests run, see conftest.py."""
     if compiler_problem() is not None:
         return
-    changes = [(kernel, ()) for kernel in WORKERS] + [(kernel, edits) for kernel, _, edits in FAULTS.values()]
-    for kernel, edits in changes:
-        build_ahead(
-            kernels.worker_config(kernel.dtype, kernel.head_dim, kernel.row_groups, False, kernel.kv_dtype), edits
-        )
-    for name, dtype, head_dim, _, kv_dtype, _ in OTHERS:
-        if name == "tree_decode":
-            for warps in (1, 4):  # as the trees here are planned
-                build_ahead(kernels.tree_decode_config(dtype, head_dim, warps, False, kv_dtype))
-        elif name != "stage1_mma":  # whose tiles the trees decide
-            build_ahead(kernels.KernelConfig(name, dtype, head_dim))
-        build_ahead(kernels.KernelConfig("stage2", dtype, head_dim))
+    for test in tests:
+        of = getattr(test, "callspec", None)
+        for parameter in of.params.values() if of else ():
+            if isinstance(parameter, Kernel):
+                build_kernel(parameter, ())
+            elif parameter in FAULTS:
+                kernel, _, edits = FAULTS[parameter]
+                build_kernel(kernel, edits)
+
+
+def build_kernel(kernel: Kernel, edits: Edits) -> None:
+    """Have what runs with a kernel built."""
+    name, dtype, head_dim, row_groups, kv_dtype, _ = kernel
+    if name == "tree_decode_sm90":
+        build_ahead(kernels.worker_config(dtype, head_dim, row_groups, False, kv_dtype), edits)
+        return
+    if name == "tree_decode":
+        for warps in (1, 4):  # as the trees here are planned
+            build_ahead(kernels.tree_decode_config(dtype, head_dim, warps, False, kv_dtype))
+    elif name != "stage1_mma":  # whose tiles the trees decide
+        build_ahead(kernels.KernelConfig(name, dtype, head_dim))
+    build_ahead(kernels.KernelConfig("stage2", dtype, head_dim))
 
 
 @pytest.mark.parametrize("kernel", WORKERS + OTHERS, ids=str)

@@ -145,15 +145,15 @@ struct Consumer : Output {
     __device__ __forceinline__ void attend_together(int end, u32 queries) {
         WarpgroupRows::Scores scores;
         start_scores(scores, queries);
-        bool whole = sees_whole();
+        const bool first_whole = sees_whole();
         products_wait<0>(scores);
         barrier_arrive_warp(s.k_empty[keys.stage]);
-        weigh(scores, whole, [] {});
+        weigh(scores, first_whole, [] {});
         advance();
 #pragma unroll 1
         while (tile < end && seen_together()) {
             start_scores(scores, queries);
-            whole = sees_whole();
+            const bool whole = sees_whole();
             const Ring<kValueStages> behind = values.before(kTokenGroups);
             start_values(behind);
             products_wait<1>(scores);
