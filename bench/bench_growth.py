@@ -12,8 +12,8 @@ the order in which requests need them.
 Two measurements. *Loop*: nothing but runs and updates, and the wait for the GPU at each step's end; the host's time in
 each `append`, and in `plan_decode` once. By how much it takes longer than its kernels, less the same of a loop with no
 updates, is what updates cost where the host works while the GPU does. *Steps*: the GPU's time between events around a
-step's runs and around an update, queued behind work that keeps the GPU busy until the host is done; and the host's in `append`
-among all that, which is recorded as `disturbed`: it takes two to three times as long as in the loop.
+step's runs and around an update, queued behind work that keeps the GPU busy until the host is done; and the host's in
+`append` among all that, which is recorded as `disturbed`: it takes two to three times as long as in the loop.
 """
 
 from __future__ import annotations
