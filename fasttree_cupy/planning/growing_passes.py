@@ -451,7 +451,7 @@ def _too_many(s: PlanState) -> float:
 @njit
 def _cut(s: PlanState, tile: int) -> None:
     """Cut a tile's units anew, at whole steps: soon the workers of each unit's pieces have equally much to do."""
-    n = s.numbers
+    n, packed, edited, edits = s.numbers, s.packed, s.edited, s.edits
     ends = _segment_ends(s, tile)
     step_tokens, step_cost, tokens, last_cut = n[_STEP_TOKENS], _step_cost(s, tile), ends[-1] if len(ends) else 0, -1
     for unit in range(tile * n[_HEADS], (tile + 1) * n[_HEADS]):
@@ -462,14 +462,20 @@ def _cut(s: PlanState, tile: int) -> None:
         for piece in range(first, first + count):
             goal += s.loads[s.pieces[piece, _WORKER]] / count
         begin, end, exact = 0, 0, 0.0  # of the piece, in the tile's tokens
+        place = 0  # of the segment that it begins in, among the tile's
         for i in range(count):
             worker, at = s.pieces[first + i, _WORKER], _item_at(n, s.pieces[first + i, _ITEM])
-            exact += s.packed[at + TOKENS] + (goal - s.loads[worker]) / step_cost * step_tokens
+            exact += packed[at + TOKENS] + (goal - s.loads[worker]) / step_cost * step_tokens
             end = int(np.rint(exact / step_tokens)) * step_tokens
             most = (tokens // step_tokens - (count - 1 - i)) * step_tokens
             end = max(begin + step_tokens, min(end, most)) if i < count - 1 else tokens
-            s.loads[worker] += (end - begin - s.packed[at + TOKENS]) * step_cost / step_tokens
-            last_cut = max(last_cut, _move_piece(s, tile, at, begin, end, ends))
+            s.loads[worker] += (end - begin - packed[at + TOKENS]) * step_cost / step_tokens
+            while ends[place] <= begin:
+                place += 1
+            segment = s.tiles[tile, _BEGIN] + place
+            _put(packed, edited, edits, n, at + TOKENS, end - begin)
+            _put_first_segment(packed, edited, edits, n, at, segment, ends[place] - begin)
+            last_cut = max(last_cut, segment)
             begin = end
     for slot in range(len(s.slots)):  # a segment can become longer only where no piece begins behind it or in it
         if s.slots[slot, _TILE] == tile and s.slots[slot, _SEGMENT] <= last_cut:
@@ -488,20 +494,17 @@ def _segment_ends(s: PlanState, tile: int) -> Int64Array:
     return ends
 
 
-@njit
-def _move_piece(s: PlanState, tile: int, at: int, begin: int, end: int, ends: Int64Array) -> int:
-    """Have the item at `at` attend to a tile's tokens from `begin` to `end`; returns the segment that it begins in."""
-    n = s.numbers
-    place = np.searchsorted(ends, begin, side="right")
-    segment = s.tiles[tile, _BEGIN] + place
-    source, left = n[_SEGMENTS_AT] + 4 * segment, ends[place] - begin
-    _put(s.packed, s.edited, s.edits, n, at + TOKENS, end - begin)
-    _put(s.packed, s.edited, s.edits, n, at + NEXT_SEGMENT, segment + 1)
-    _put(s.packed, s.edited, s.edits, n, at + KV_BEGIN, s.packed[source] + s.packed[source + 1] - left)
-    _put(s.packed, s.edited, s.edits, n, at + KV_LEN, left)
-    _put(s.packed, s.edited, s.edits, n, at + ROW_BEGIN, s.packed[source + 2])
-    _put(s.packed, s.edited, s.edits, n, at + ROW_END, s.packed[source + 3])
-    return int(segment)
+@njit(inline="always")
+def _put_first_segment(
+    packed: Int32Array, edited: Int32Array, edits: Int32Array, n: Int64Array, at: int, segment: int, left: int
+) -> None:
+    """Have the item at `at` begin in a segment of which `left` tokens are left."""
+    source = n[_SEGMENTS_AT] + 4 * segment
+    _put(packed, edited, edits, n, at + NEXT_SEGMENT, segment + 1)
+    _put(packed, edited, edits, n, at + KV_BEGIN, packed[source] + packed[source + 1] - left)
+    _put(packed, edited, edits, n, at + KV_LEN, left)
+    _put(packed, edited, edits, n, at + ROW_BEGIN, packed[source + 2])
+    _put(packed, edited, edits, n, at + ROW_END, packed[source + 3])
 
 
 @njit
