@@ -172,6 +172,7 @@ def test_figures_of_readmes_limits() -> None:
     assert f"Over {growth['steps']} steps of {growth['layers']} layers" in readme
     assert f"were {100 * growth['share']:.1f}% of the kernels' time" in readme
     assert f"made the loop {100 * growth['loop_overhead_share']:.1f}% longer" in readme
+    assert f"they took {100 * growth['disturbed']['share']:.1f}%" in readme
     eight, sixteen = results("float8_h200"), {row["name"]: row for row in results("bfloat16_h200")}
     ratios = [a / b for a, b in zip(times([sixteen[row["name"]] for row in eight]), times(eight), strict=True)]
     spread = f"({min(ratios):.2f} to {max(ratios):.2f};"

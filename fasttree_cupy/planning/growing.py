@@ -38,7 +38,7 @@ Int32Array = npt.NDArray[np.int32]
 PLAN_US = 380.0
 """Host time of a new plan on an H200's host, in microseconds: that of the planner and the copy (bench/NOTES.md)."""
 CUT_US = 60.0
-"""Host time of moving the cuts between pieces, in microseconds: on an H200's host 50 to 65 (bench/NOTES.md)."""
+"""Host time of moving the cuts between pieces, in microseconds: on an H200's host 48 to 70 (bench/NOTES.md)."""
 
 
 class Sizes(NamedTuple):
