@@ -120,7 +120,7 @@ def test_tiles_are_cut_only_where_that_pays() -> None:
     few = balanced.plan(ft.KVTree.from_levels([1, 10], [4000, 400]), 16, 1, 128, 132, H200_WORKERS)
     assert few.items[:, 11].all()  # each tile's workers end together, and merge together
     assert len(few.items) == few.workers == few.partials
-    one = balanced.plan(ft.KVTree.from_levels([1, 2], [1, 60]), 16, 1, 128, 132, H200_WORKERS)
+    one = balanced.plan(ft.KVTree.from_levels([1, 2], [1, 20]), 16, 1, 128, 132, H200_WORKERS)
     assert one.workers == len(one.items) == 1  # too little to share
 
 
@@ -206,6 +206,10 @@ def test_tiles_have_fewer_requests_where_they_need_not_be_cut_then() -> None:
     filled = balanced.plan_layout(layout, order, 1, 32, 128, 132, H200_WORKERS, row_groups=1)
     assert (filled.items[:, 1] == 64).all()
     assert filled.partials == 128
+    # Nor need whole ones be cut where half of the workers would have none.
+    made = balanced.plan(ft.KVTree.from_levels([1, 256], [256, 32]), 16, 1, 128, 132, H200_WORKERS)
+    assert (made.items[:, 1] == 2).all()
+    assert (made.workers, made.partials) == (128, 0)
     # With one tile for each worker there is nothing to gain.
     made = balanced.plan(ft.KVTree.from_levels([1, 256], [256, 32]), 4, 8, 128, 128, H200_WORKERS)
     assert (made.items[:, 1] == 16).all()

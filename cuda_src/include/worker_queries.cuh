@@ -4,7 +4,8 @@
 #include "worker.cuh"
 
 // Starts the copies of a warp's share of an item's queries, kShareRows rows, a row's place a lane. Of rows past the last
-// nobody looks at what is computed: any queries do. Mostly done once, when four passes at a time cost less than their code.
+// nobody looks at what is computed: any queries do, but the item's own, since a row that all blocks ask for keeps its part of
+// the L2 cache from everybody else. Mostly done once, when four passes at a time cost less than their code.
 template <int kShareRows>
 __device__ __forceinline__ void copy_queries(const WorkParams& p, Shared& s, const WorkItem& item, int slot, int share) {
     using Place = PanelPlace<kRows, kRowVectors>;
@@ -13,7 +14,7 @@ __device__ __forceinline__ void copy_queries(const WorkParams& p, Shared& s, con
     const QueryRow own(p, item, first_row + lane % kShareRows);
     const Place to(first_row, lane);
     const u32 tile = shared_address(s.q[slot]);
-    const i64 row = own.valid ? own.request * p.q_stride_request + own.head * p.q_stride_head : 0;
+    const i64 row = own.request >= 0 ? own.request * p.q_stride_request + own.head * p.q_stride_head : 0;
 #pragma unroll 4
     for (int pass = 0; pass < kShareRows / Place::kRowsPerPass; ++pass) {
         const i64 from = __shfl_sync(0xffffffffu, row, pass * Place::kRowsPerPass + lane / kRowVectors);

@@ -49,11 +49,10 @@ delivers 2 to 4% less so (measured on an H200, whose cache has 63 MB: bench/NOTE
 """
 MOST_ROW_GROUPS = 2
 """Warpgroups among which a tile's rows may be split."""
-_HALVING_US, _HALVING_SHARE = 0.8, 0.04
-"""What tiles of half the requests cost beyond the model, in microseconds and of its estimate.
+_LEAST_GAIN = 0.02
+"""Share of the estimate that tiles of half the requests must save, or they are left as they are.
 
-More tiles read what their requests share. Set by 49 cases that an H200 ran with tiles of every size: seven of them are
-halved, for 3 to 19%, and none that would be slower (bench/NOTES.md).
+Of 46 trees that an H200 ran with tiles of every size, the choice then loses 0.4% (bench/NOTES.md).
 """
 
 ITEM_FIELDS = (
@@ -177,7 +176,7 @@ def plan_layout(
         sizes = _tile_sizes(batch, group, num_kv_heads, multiprocessors, filled)
     else:
         sizes = [_TileSize(row_groups, row_groups * GROUP_ROWS // group)]
-    estimate, (row_groups, tile_requests, _), tokens, pieces = _cheapest(
+    estimate, (row_groups, tile_requests), tokens, pieces = _cheapest(
         sizes, layout, batch, heads, size, multiprocessors, machine
     )
     step_tokens = STEP_TOKENS[row_groups]
@@ -191,27 +190,26 @@ def plan_layout(
 
 
 class _TileSize(NamedTuple):
-    """Row groups of tiles, their requests, and how often these were halved."""
+    """Row groups of tiles, and their requests."""
 
     row_groups: int
     requests: int
-    halvings: int = 0
 
 
 def _tile_sizes(batch: int, group: int, num_kv_heads: int, multiprocessors: int, filled: bool) -> list[_TileSize]:
     """Sizes that are worth a thought, each half right behind its whole.
 
     Where whole tiles are fewer than the multiprocessors, those of one row group may leave rows empty: more tiles, each
-    of which attends to fewer tokens, need not be cut.
+    of which attends to fewer tokens, keep more of them busy, and need not be cut.
     """
     sizes = [_TileSize(MOST_ROW_GROUPS, MOST_ROW_GROUPS * GROUP_ROWS // group)]
     if group > GROUP_ROWS:
         return sizes
     sizes.append(_TileSize(1, GROUP_ROWS // group))
-    requests, halvings = min(GROUP_ROWS // group, batch), 0
+    requests = min(GROUP_ROWS // group, batch)
     while not filled and requests > 1 and -(-batch // requests) * num_kv_heads < multiprocessors:
-        requests, halvings = -(-requests // 2), halvings + 1
-        sizes.append(_TileSize(1, requests, halvings))
+        requests = -(-requests // 2)
+        sizes.append(_TileSize(1, requests))
     return sizes
 
 
@@ -226,7 +224,7 @@ def _cheapest(
 ) -> tuple[float, _TileSize, Int64Array, Int64Array]:
     """The cheapest of `_tile_sizes` with its estimate, tokens and pieces, see `_deal`.
 
-    Tiles are halved as long as some are cut, and the last time was worth it.
+    Tiles of one row group are halved as long as that is worth it.
     """
     dealt: list[tuple[float, _TileSize, Int64Array, Int64Array]] = []
     for tile in sizes:
@@ -234,11 +232,9 @@ def _cheapest(
         estimate, tokens, pieces = _deal(
             layout, batch, heads, size, tile.requests, STEP_TOKENS[tile.row_groups], multiprocessors, rates, machine
         )
-        estimate += tile.halvings * (_HALVING_US + _HALVING_SHARE * estimate)
-        dealt.append((estimate, tile, tokens, pieces))
-        is_cut = len(pieces) > len(tokens) * heads[1]
-        if tile.row_groups == 1 and (not is_cut or (tile.halvings > 0 and estimate > dealt[-2][0])):
+        if len(dealt) > 1 and estimate > (1 - _LEAST_GAIN) * dealt[-1][0]:  # than those of twice the requests
             break
+        dealt.append((estimate, tile, tokens, pieces))
     return min(dealt, key=lambda one: one[:2])
 
 
