@@ -183,7 +183,7 @@ __device__ __forceinline__ void prefetch_item(const WorkItem* item) {
 struct QueryRow {
     bool valid;  // whether there is such a row, and its request has not finished
     int head;
-    i64 request;
+    i64 request;  // of rows past the last, the item's first; -1: it has finished
 
     // A division by way of a product, which is right for the few rows of a block: the quotient of row + 0.5 is further
     // from whole numbers than its error.

@@ -4,8 +4,8 @@
 #include "worker.cuh"
 
 // Starts the copies of a warp's share of an item's queries, kShareRows rows, a row's place a lane. Of rows past the last
-// nobody looks at what is computed: any queries do, but the item's own, since a row that all blocks ask for keeps its part of
-// the L2 cache from everybody else. Mostly done once, when four passes at a time cost less than their code.
+// nobody looks at what is computed. They get queries of the item's own: a row that all blocks asked for would keep its part
+// of the L2 cache from everybody else. Mostly done once, when four passes at a time cost less than their code.
 template <int kShareRows>
 __device__ __forceinline__ void copy_queries(const WorkParams& p, Shared& s, const WorkItem& item, int slot, int share) {
     using Place = PanelPlace<kRows, kRowVectors>;
